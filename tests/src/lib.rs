@@ -1,0 +1,13 @@
+//! The lab: real hosts on one machine, and what is tried in them.
+//!
+//! Hosts are namespaces over an overlay of a Debian 13 root filesystem, joined by a bridge in a namespace of its
+//! own. Agents, runtimes and CRIU run in them unmodified. Nothing outside the namespaces is touched but the
+//! image cache and the lab's own state directories.
+
+pub mod cgroup;
+pub mod container;
+pub mod enter;
+pub mod host_init;
+pub mod image;
+pub mod lab;
+pub mod machine;
