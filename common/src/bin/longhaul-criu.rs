@@ -1,2 +1,297 @@
-//! x
-fn main() {}
+//! Stands in CRIU's place on a runtime's `PATH`: see `longhaul_common::criu::hold`.
+
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use longhaul_common::criu::hold::{CRIU_ENV, End, Event, Hello, MAX_FRAME_BYTES, Prepare, SOCKET_ENV, ToAgent, ToHold};
+use longhaul_common::criu::rpc::{Options, Request, RequestType, Response};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+};
+use prost::Message;
+
+/// CRIU and runc both read RPC messages into buffers of 40 KiB or less; requests can be larger.
+const MAX_RPC_BYTES: usize = 1 << 20;
+/// How often a lost agent is looked for again.
+const RECONNECT_EVERY: Duration = Duration::from_millis(50);
+/// How long an agent may be away before CRIU was given its request: until then nothing has changed.
+const GIVE_UP_BEFORE_GO: Duration = Duration::from_secs(10);
+
+fn main() -> ExitCode {
+    let words: Vec<std::ffi::OsString> = std::env::args_os().collect();
+    let criu = std::env::var_os(CRIU_ENV).map_or_else(|| PathBuf::from("/usr/sbin/criu"), PathBuf::from);
+    let socket = std::env::var_os(SOCKET_ENV).map(PathBuf::from);
+    let swrk = words.get(1).is_some_and(|word| word == "swrk");
+    let fd = words.get(2).and_then(|word| word.to_str()?.parse::<RawFd>().ok());
+    let (Some(socket), true, Some(fd)) = (socket, swrk, fd) else {
+        let error = Command::new(&criu).args(&words[1..]).exec();
+        eprintln!("longhaul-criu: can't run {}: {error}", criu.display());
+        return ExitCode::from(127);
+    };
+    // SAFETY: the runtime passed this descriptor for us alone, by its number on the command line.
+    let runtime = Rpc(unsafe { OwnedFd::from_raw_fd(fd) });
+    match serve(&runtime, &criu, &socket) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("longhaul-criu: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Takes the runtime's one request and sees it through.
+fn serve(runtime: &Rpc, criu: &Path, socket: &Path) -> io::Result<ExitCode> {
+    let (request, _) = runtime.receive()?;
+    let decoded = Request::decode(request.as_slice()).map_err(io::Error::other)?;
+    if !matches!(decoded.kind(), RequestType::Dump | RequestType::Restore) {
+        let (mut child, rpc) = start_criu(criu, &Prepare::default())?;
+        rpc.send(&request, None)?;
+        let (answer, fd) = rpc.receive()?;
+        runtime.send(&answer, fd)?;
+        drop(rpc);
+        return finish(&mut child);
+    }
+
+    let mut agent = Agent::connect(socket, decoded.kind)?;
+    let Some((prepare, mut child, rpc)) = wait_for_go(&mut agent, criu)? else {
+        let refusal = Response { kind: decoded.kind, success: false, ..Response::default() };
+        runtime.send(&refusal.encode_to_vec(), None)?;
+        return Ok(ExitCode::FAILURE);
+    };
+    rpc.send(&with_addition(request, &decoded, prepare.addition.clone()), None)?;
+    let outcome = relay(runtime, &rpc, &mut agent, &prepare.held);
+    drop(rpc);
+    outcome?;
+    finish(&mut child)
+}
+
+/// Starts CRIU when told to prepare, and returns at the word to go; nothing on cancel.
+fn wait_for_go(agent: &mut Agent, criu: &Path) -> io::Result<Option<(Prepare, Child, Rpc)>> {
+    let mut prepared: Option<(Prepare, Child, Rpc)> = None;
+    loop {
+        let message = agent.read_before_go()?;
+        if message.cancel {
+            if let Some((_, mut child, _)) = prepared {
+                child.kill()?;
+                child.wait()?;
+            }
+            return Ok(None);
+        }
+        if let Some(prepare) = message.prepare {
+            let (child, rpc) = start_criu(criu, &prepare)?;
+            prepared = Some((prepare, child, rpc));
+        }
+        if message.go {
+            return prepared.map(Some).ok_or_else(|| io::Error::other("told to go before being prepared"));
+        }
+    }
+}
+
+/// Passes messages both ways until CRIU's answer; at a held notification the agent has the last word.
+fn relay(runtime: &Rpc, criu: &Rpc, agent: &mut Agent, held: &[String]) -> io::Result<()> {
+    loop {
+        let (bytes, fd) = criu.receive()?;
+        let response = Response::decode(bytes.as_slice()).map_err(io::Error::other)?;
+        if response.kind() != RequestType::Notify {
+            let error = response.errmsg.clone().unwrap_or_default();
+            // The agent learns the end even if the runtime is gone.
+            let told = runtime.send(&bytes, fd);
+            agent.tell(&ToAgent { end: Some(End { success: response.success, error }), ..ToAgent::default() });
+            return told;
+        }
+        runtime.send(&bytes, fd)?;
+        let (mut answer, _) = runtime.receive()?;
+        let notify = response.notify.unwrap_or_default();
+        let script = notify.script.unwrap_or_default();
+        if held.contains(&script) {
+            let accepted = Request::decode(answer.as_slice()).is_ok_and(|answer| answer.notify_success == Some(true));
+            if accepted && !agent.verdict(&script, notify.pid.unwrap_or_default())? {
+                let refusal =
+                    Request { kind: RequestType::Notify as i32, options: None, notify_success: Some(false) };
+                answer = refusal.encode_to_vec();
+            }
+        }
+        criu.send(&answer, None)?;
+    }
+}
+
+fn finish(child: &mut Child) -> io::Result<ExitCode> {
+    let status = child.wait()?;
+    Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)))
+}
+
+/// The runtime's request with the agent's options appended.
+fn with_addition(mut request: Vec<u8>, decoded: &Request, addition: Option<Options>) -> Vec<u8> {
+    if let Some(mut options) = addition {
+        // Required in CRIU's schema, so an addition without it would not parse.
+        options.images_dir_fd = decoded.options.as_ref().and_then(|options| options.images_dir_fd);
+        let addition = Request { kind: decoded.kind, options: Some(options), notify_success: None };
+        request.extend(addition.encode_to_vec());
+    }
+    request
+}
+
+/// Starts `criu swrk` on a socket pair of its own. Descriptors the runtime passed are inherited as they are.
+fn start_criu(criu: &Path, prepare: &Prepare) -> io::Result<(Child, Rpc)> {
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).map_err(io::Error::from)?;
+    let mut opened = Vec::new();
+    for file in &prepare.files {
+        let mut options = std::fs::OpenOptions::new();
+        let access = file.flags & libc::O_ACCMODE;
+        options
+            .read(access != libc::O_WRONLY)
+            .write(access != libc::O_RDONLY)
+            .custom_flags(file.flags & !libc::O_ACCMODE);
+        let handle = options
+            .open(&file.path)
+            .map_err(|error| io::Error::new(error.kind(), format!("open {}: {error}", file.path)))?;
+        if file.offset > 0 {
+            io::Seek::seek(&mut &handle, io::SeekFrom::Start(file.offset.unsigned_abs()))?;
+        }
+        opened.push((OwnedFd::from(handle), file.fd));
+    }
+    let mut command = Command::new(criu);
+    command.arg("swrk").arg("3");
+    for entry in &prepare.environment {
+        if let Some((name, value)) = entry.split_once('=') {
+            command.env(name, value);
+        }
+    }
+    let theirs_raw = theirs.as_raw_fd();
+    let moves: Vec<(RawFd, RawFd)> = opened.iter().map(|(from, to)| (from.as_raw_fd(), *to)).collect();
+    // SAFETY: only dup2(2) between fork and exec, on descriptors that are open.
+    unsafe {
+        command.pre_exec(move || {
+            for &(from, to) in moves.iter().chain([&(theirs_raw, 3)]) {
+                if libc::dup2(from, to) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        });
+    }
+    let child = command.spawn()?;
+    Ok((child, Rpc(ours)))
+}
+
+/// One end of a CRIU RPC connection: whole messages, sometimes with a descriptor.
+struct Rpc(OwnedFd);
+
+impl Rpc {
+    fn receive(&self) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
+        let mut buffer = vec![0; MAX_RPC_BYTES];
+        let mut control = nix::cmsg_space!(RawFd);
+        let (length, fd) = {
+            let mut slices = [IoSliceMut::new(&mut buffer)];
+            let message =
+                recvmsg::<()>(self.0.as_raw_fd(), &mut slices, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
+            let fd = message.cmsgs()?.find_map(|control| match control {
+                ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
+                _ => None,
+            });
+            (message.bytes, fd)
+        };
+        if length == 0 {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the peer of CRIU's RPC is gone"));
+        }
+        buffer.truncate(length);
+        // SAFETY: the kernel has just made this descriptor for us.
+        Ok((buffer, fd.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })))
+    }
+
+    fn send(&self, bytes: &[u8], fd: Option<OwnedFd>) -> io::Result<()> {
+        let raw = fd.as_ref().map(AsRawFd::as_raw_fd);
+        let fds = raw.as_slice();
+        let control = [ControlMessage::ScmRights(fds)];
+        let control = if fds.is_empty() { &[][..] } else { &control[..] };
+        sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None)?;
+        Ok(())
+    }
+}
+
+/// The connection to the agent, made again whenever it breaks.
+struct Agent {
+    socket: PathBuf,
+    operation: i32,
+    stream: UnixStream,
+}
+
+impl Agent {
+    fn connect(socket: &Path, operation: i32) -> io::Result<Self> {
+        let stream = UnixStream::connect(socket)?;
+        let mut agent = Self { socket: socket.to_owned(), operation, stream };
+        agent.hello(None)?;
+        Ok(agent)
+    }
+
+    fn hello(&mut self, waiting_at: Option<String>) -> io::Result<()> {
+        let hello = Hello { operation: self.operation, waiting_at };
+        self.write(&ToAgent { hello: Some(hello), ..ToAgent::default() })
+    }
+
+    fn write(&mut self, message: &ToAgent) -> io::Result<()> {
+        let body = message.encode_to_vec();
+        let length = u32::try_from(body.len()).map_err(io::Error::other)?.to_le_bytes();
+        self.stream.write_all(&[length.as_slice(), &body].concat())
+    }
+
+    fn read(&mut self) -> io::Result<ToHold> {
+        let mut length = [0; 4];
+        self.stream.read_exact(&mut length)?;
+        let length = u32::from_le_bytes(length) as usize;
+        if length > MAX_FRAME_BYTES {
+            return Err(io::Error::other(format!("the agent announced a message of {length} bytes")));
+        }
+        let mut body = vec![0; length];
+        self.stream.read_exact(&mut body)?;
+        ToHold::decode(body.as_slice()).map_err(io::Error::other)
+    }
+
+    /// Before CRIU has its request an agent that stays away means: cancelled.
+    fn read_before_go(&mut self) -> io::Result<ToHold> {
+        let deadline = Instant::now() + GIVE_UP_BEFORE_GO;
+        loop {
+            match self.read() {
+                Ok(message) => return Ok(message),
+                Err(_) if Instant::now() < deadline => self.reconnect(None),
+                Err(_) => return Ok(ToHold { cancel: true, ..ToHold::default() }),
+            }
+        }
+    }
+
+    /// Asks for the verdict on a notification, for as long as it takes an agent to give one.
+    fn verdict(&mut self, script: &str, pid: i32) -> io::Result<bool> {
+        let event = Event { script: script.to_owned(), pid };
+        let message = ToAgent { event: Some(event), ..ToAgent::default() };
+        let mut sent = self.write(&message).is_ok();
+        loop {
+            if sent
+                && let Ok(ToHold { verdict: Some(verdict), .. }) = self.read()
+            {
+                return Ok(verdict);
+            }
+            self.reconnect(Some(script.to_owned()));
+            sent = self.write(&message).is_ok();
+        }
+    }
+
+    fn reconnect(&mut self, waiting_at: Option<String>) {
+        std::thread::sleep(RECONNECT_EVERY);
+        if let Ok(stream) = UnixStream::connect(&self.socket) {
+            self.stream = stream;
+            let _ = self.hello(waiting_at);
+        }
+    }
+
+    /// Best effort: an agent that is gone finds the end by itself.
+    fn tell(&mut self, message: &ToAgent) {
+        let _ = self.write(message);
+    }
+}

@@ -1,0 +1,106 @@
+//! System calls no library wraps. The only module of this crate with `unsafe`.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// `SIOCBRADDIF`, linux/sockios.h.
+const SIOCBRADDIF: libc::c_ulong = 0x89a2;
+/// `SIOCBRDELIF`, linux/sockios.h.
+const SIOCBRDELIF: libc::c_ulong = 0x89a3;
+
+/// What to do with a port of a bridge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BridgePort {
+    /// Make the interface a port.
+    Attach,
+    /// Take it off.
+    Detach,
+}
+
+/// Attaches an interface, by its index, to a bridge of the calling thread's network namespace, or takes it off.
+///
+/// The ioctl of bridge-utils: a fraction of a millisecond, where `ip link set master` is a process start.
+///
+/// # Errors
+/// `ENODEV`: no such bridge or interface; `EBUSY`: it is a port already; `EINVAL`: it is none.
+pub fn bridge_port(bridge: &str, interface_index: u32, action: BridgePort) -> io::Result<()> {
+    if bridge.len() >= libc::IFNAMSIZ {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    let index = libc::c_int::try_from(interface_index).map_err(io::Error::other)?;
+    // SAFETY: socket(2) takes no pointer.
+    let socket = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    if socket < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    // SAFETY: `ifreq` is plain data for which all zeroes is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(bridge.bytes()) {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_ifindex = index;
+    let code = match action {
+        BridgePort::Attach => SIOCBRADDIF,
+        BridgePort::Detach => SIOCBRDELIF,
+    };
+    // SAFETY: the request outlives the call, and both codes take a pointer to an `ifreq`.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), code as _, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// A raw packet socket on one interface of the calling thread's network namespace. It receives nothing.
+///
+/// # Errors
+/// Those of socket(2) and bind(2); `ENODEV` where there is no such interface.
+pub fn packet_socket(interface_index: u32) -> io::Result<OwnedFd> {
+    // SAFETY: socket(2) takes no pointer. Protocol 0: no packet is received.
+    let socket = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+    if socket < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    // SAFETY: `sockaddr_ll` is plain data for which all zeroes is a value.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as libc::sa_family_t;
+    address.sll_ifindex = libc::c_int::try_from(interface_index).map_err(io::Error::other)?;
+    let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+    // SAFETY: address and length describe one `sockaddr_ll` that outlives the call.
+    if unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(socket)
+}
+
+/// Sends one frame whole.
+///
+/// # Errors
+/// Those of send(2).
+pub fn send_frame(socket: BorrowedFd<'_>, frame: &[u8]) -> io::Result<()> {
+    // SAFETY: pointer and length describe `frame`, which outlives the call.
+    let sent = unsafe { libc::send(socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), libc::MSG_NOSIGNAL) };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The start of a command inside a network namespace: joins it between fork and exec.
+pub trait InNetns {
+    /// Runs the command in the namespace behind `netns`, which must stay open until the command is started.
+    fn in_netns(&mut self, netns: BorrowedFd<'_>) -> &mut Self;
+}
+
+impl InNetns for std::process::Command {
+    fn in_netns(&mut self, netns: BorrowedFd<'_>) -> &mut Self {
+        use std::os::unix::process::CommandExt;
+        let netns = netns.as_raw_fd();
+        // SAFETY: setns(2) alone is called between fork and exec, on a descriptor the caller keeps open.
+        unsafe {
+            self.pre_exec(move || {
+                if libc::setns(netns, libc::CLONE_NEWNET) < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+            })
+        }
+    }
+}

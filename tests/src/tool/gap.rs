@@ -1,0 +1,60 @@
+//! The longest time a client heard nothing.
+
+use std::time::{Duration, Instant};
+
+use super::report;
+
+/// A silence longer than this is worth an event line: 20 ms is well above scheduling noise on a busy lab machine
+/// and well below any downtime a migration reaches.
+const EVENT_AFTER: Duration = Duration::from_millis(20);
+
+/// Measures the silences between signs of life.
+pub(crate) struct GapMeter {
+    last: Option<Instant>,
+    longest: Duration,
+    at_unix_ms: u64,
+    events: bool,
+}
+
+impl GapMeter {
+    /// A meter; with `events` it prints one JSON line on stderr for each silence above 20 ms, when it is over.
+    pub(crate) fn new(events: bool) -> Self {
+        Self { last: None, longest: Duration::ZERO, at_unix_ms: 0, events }
+    }
+
+    /// A sign of life came. The first one only starts the clock.
+    pub(crate) fn mark(&mut self) {
+        let now = Instant::now();
+        if let Some(last) = self.last.replace(now) {
+            self.note(now - last);
+        }
+    }
+
+    /// Counts the silence that is still open, so that a connection which hung until the end is not a short gap.
+    pub(crate) fn finish(&mut self) {
+        if self.last.is_some() {
+            self.mark();
+        }
+    }
+
+    /// The longest silence in milliseconds.
+    pub(crate) fn longest_ms(&self) -> f64 {
+        (self.longest.as_secs_f64() * 1e6).round() / 1e3
+    }
+
+    /// When the longest silence ended, in milliseconds since 1970; 0 if there was none.
+    pub(crate) fn at_unix_ms(&self) -> u64 {
+        self.at_unix_ms
+    }
+
+    fn note(&mut self, gap: Duration) {
+        if gap > self.longest {
+            self.longest = gap;
+            self.at_unix_ms = report::unix_ms();
+        }
+        if self.events && gap > EVENT_AFTER {
+            let gap_ms = gap.as_secs_f64() * 1e3;
+            eprintln!("{}", serde_json::json!({"gap_ms": gap_ms, "over_unix_ms": report::unix_ms()}));
+        }
+    }
+}

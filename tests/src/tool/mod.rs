@@ -1,0 +1,19 @@
+//! The parts of `lab-tool`, one concept a file. Unsafe code lives below [`sys`] only.
+#![deny(unsafe_code)]
+
+pub(crate) mod check;
+pub(crate) mod gap;
+pub(crate) mod game;
+pub(crate) mod histogram;
+pub(crate) mod hold;
+pub(crate) mod idle;
+
+pub(crate) mod pace;
+pub(crate) mod redis;
+pub(crate) mod report;
+pub(crate) mod selfcheck;
+pub(crate) mod stream;
+#[allow(unsafe_code, reason = "the system calls that neither std nor nix wraps safely")]
+pub(crate) mod sys;
+pub(crate) mod udp;
+pub(crate) mod wait_port;
