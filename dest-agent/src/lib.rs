@@ -1,1 +1,13 @@
-//! x
+//! The destination agent: takes containers in.
+//!
+//! [`service`] is the network edge; [`arrival`] one migration as the destination sees it; [`preflight`] decides
+//! whether it may come; [`staging`] owns every path, mount and interface made for it, and takes them away again.
+
+#![forbid(unsafe_code)]
+
+pub mod arrival;
+pub mod images;
+pub mod preflight;
+pub mod restore;
+pub mod service;
+pub mod staging;

@@ -1,4 +1,57 @@
 //! The seam to CRIU: its RPC, and the hold that keeps it waiting at the two moments that matter.
 
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
 pub mod hold;
 pub mod rpc;
+
+/// Lines of CRIU's log that say "Error" and mean nothing.
+const HARMLESS: [&str; 2] = ["rlimit: Can't setup RLIMIT_NOFILE", "Can't set oom_score_adj"];
+
+/// The first two errors of a CRIU log, joined; nothing if there is none.
+pub fn failure_of(log: &Path) -> Option<String> {
+    let bytes = std::fs::read(log).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    let errors: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.split_once("Error (").map(|(_, rest)| rest))
+        .filter(|line| !HARMLESS.iter().any(|harmless| line.contains(harmless)))
+        .map(|line| line.split_once("): ").map_or(line, |(_, message)| message).trim())
+        .take(2)
+        .collect();
+    (!errors.is_empty()).then(|| errors.join("; "))
+}
+
+/// A `PATH` on which `criu` is the hold, by a link in `dir`.
+pub fn path_with_hold(dir: &Path, hold: &Path) -> io::Result<OsString> {
+    if !hold.is_file() {
+        return Err(io::Error::new(io::ErrorKind::NotFound, format!("{} is not installed", hold.display())));
+    }
+    let bin = dir.join("bin");
+    std::fs::create_dir_all(&bin)?;
+    let link = bin.join("criu");
+    let _ = std::fs::remove_file(&link);
+    symlink(hold, &link)?;
+    let mut path = bin.into_os_string();
+    path.push(":");
+    path.push(std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()));
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn harmless_errors_are_no_failure() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let log = dir.path().join("dump.log");
+        std::fs::write(&log, "(00.1) Error (criu/rlimit.c:40): rlimit: Can't setup RLIMIT_NOFILE for self\n").expect("writes");
+        assert_eq!(failure_of(&log), None);
+        std::fs::write(&log, "(00.1) Error (criu/a.c:4): it broke\n(00.2) Error (criu/b.c:4): so all broke\n").expect("writes");
+        assert_eq!(failure_of(&log).as_deref(), Some("it broke; so all broke"));
+    }
+}

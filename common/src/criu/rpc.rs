@@ -166,3 +166,8 @@ pub struct Version {
     #[prost(int32, optional, tag = "4")]
     pub sublevel: Option<i32>,
 }
+
+/// The key under which runtimes pass a network namespace that stays outside the images.
+pub const EXTERNAL_NETNS: &str = "extRootNetNS";
+/// What CRIU logs: errors and warnings. Runtimes ask for everything (4), which costs milliseconds in the downtime.
+pub const LOG_LEVEL: i32 = 2;

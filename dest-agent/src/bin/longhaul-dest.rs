@@ -1,2 +1,93 @@
-//! x
-fn main() {}
+//! The destination agent.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use longhaul_common::config::{self, DestConfig};
+use longhaul_common::journal::Journal;
+use longhaul_common::telemetry;
+use longhaul_common::tls::{FRAME_BYTES, Identity, TlsIncoming, WINDOW_BYTES};
+use longhaul_dest::arrival;
+use longhaul_dest::service::PeerService;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// How long migrations may go on after the agent was told to end.
+const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Takes in containers that other hosts' longhaul-source agents move here.
+#[derive(Parser)]
+#[command(name = "longhaul-dest", version)]
+struct Cli {
+    /// Configuration file [default: /etc/longhaul/dest.toml]
+    #[arg(long)]
+    config: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    telemetry::init();
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[tokio::main]
+async fn run(cli: &Cli) -> Result<()> {
+    let path = cli.config.clone().unwrap_or_else(|| config::DEST_FILE.into());
+    let config: Arc<DestConfig> = Arc::new(config::load(&path, cli.config.is_some())?);
+    let identity = Identity::load(&config.tls)?;
+    std::fs::create_dir_all(&config.paths.run).with_context(|| format!("create {}", config.paths.run.display()))?;
+    let memory = longhaul_common::memory_dir::mount(&config.paths.run.join("dest"))?;
+    let journal = Journal::open(config.paths.state.join("dest"))?;
+    arrival::recover(&config, &journal).await;
+
+    let listener =
+        TcpListener::bind(config.listen).await.with_context(|| format!("listen at {}", config.listen))?;
+    let service = PeerService::new(config.clone(), journal);
+    let arrivals = service.arrivals();
+    let server = tonic::transport::Server::builder()
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES)
+        .add_service(longhaul_proto::peer_server(service))
+        .serve_with_incoming_shutdown(TlsIncoming::new(listener, identity.server()), async {
+            told_to_end().await;
+            tracing::info!("ending: migrations that have not committed are undone");
+            let pending: Vec<_> =
+                arrivals.lock().map(|arrivals| arrivals.values().cloned().collect()).unwrap_or_default();
+            for arrival in pending {
+                arrival.abort("the destination agent was told to end").await;
+            }
+        });
+    tracing::info!(listen = %config.listen, allow = ?config.allow, "ready");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tokio::select! {
+        served = server => served.context("serve")?,
+        () = async { told_to_end().await; tokio::time::sleep(SHUTDOWN_DEADLINE).await } => {
+            tracing::warn!("connections were still open at the deadline");
+        }
+    }
+    drop(memory);
+    Ok(())
+}
+
+async fn told_to_end() {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+}

@@ -44,6 +44,9 @@ enum Command {
     /// Kernel objects of all kinds, held by processes that verify them all the time
     #[command(subcommand)]
     Selfcheck(tool::selfcheck::Command),
+    /// Memory that verifies itself while it is written
+    #[command(subcommand)]
+    Memcheck(tool::memcheck::Command),
     /// Fill memory and sleep
     IdleMemory(tool::idle::Options),
 }
@@ -62,6 +65,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::TcpHold(options) => tool::hold::hold(&options)?,
         Command::WaitPort(options) => tool::wait_port::run(&options)?,
         Command::Selfcheck(command) => tool::selfcheck::run(command)?,
+        Command::Memcheck(command) => tool::memcheck::run(command)?,
         Command::IdleMemory(options) => tool::idle::run(&options)?,
     };
     Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -12,6 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::json;
 
 use super::pace::{RunTime, TICK};
+use super::redis::is_timeout;
 use super::report;
 use super::sys;
 
@@ -83,9 +84,11 @@ fn readable(listener: &TcpListener, clients: &[TcpStream]) -> anyhow::Result<Vec
 
 fn echo_once(client: &mut TcpStream) -> io::Result<()> {
     let mut buffer = [0; 4096];
-    match client.read(&mut buffer)? {
-        0 => Err(io::ErrorKind::UnexpectedEof.into()),
-        count => client.write_all(&buffer[..count]),
+    match client.read(&mut buffer) {
+        Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Ok(count) => client.write_all(&buffer[..count]),
+        Err(error) if is_timeout(&error) => Ok(()),
+        Err(error) => Err(error),
     }
 }
 

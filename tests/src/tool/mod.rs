@@ -7,7 +7,7 @@ pub(crate) mod game;
 pub(crate) mod histogram;
 pub(crate) mod hold;
 pub(crate) mod idle;
-
+pub(crate) mod memcheck;
 pub(crate) mod pace;
 pub(crate) mod redis;
 pub(crate) mod report;

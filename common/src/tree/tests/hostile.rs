@@ -142,10 +142,10 @@ fn metadata_that_no_inode_has_is_refused() {
         ("the invalid user", |entry| entry.uid = u32::MAX),
         ("the invalid group", |entry| entry.gid = u32::MAX),
         ("a second of nanoseconds in mtime", |entry| {
-            entry.mtime.nanos = 1_000_000_000
+            entry.mtime.nanos = 1_000_000_000;
         }),
         ("UTIME_OMIT in atime", |entry| {
-            entry.atime.nanos = (1 << 30) - 2
+            entry.atime.nanos = (1 << 30) - 2;
         }),
         ("a size beyond 8 EiB", |entry| entry.kind = file(1 << 63)),
         ("an empty symlink", |entry| {
@@ -179,7 +179,7 @@ fn metadata_that_no_inode_has_is_refused() {
                 .collect();
         }),
         ("a file system's limit", |entry| {
-            entry.kind = file(i64::MAX as u64)
+            entry.kind = file(i64::MAX as u64);
         }),
     ];
     for (what, spoil) in spoils {

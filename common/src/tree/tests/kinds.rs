@@ -35,7 +35,7 @@ const KINDS: &[(&str, Make)] = &[
     ("an empty file", |path| fs::write(path, "").unwrap()),
     ("a small file", |path| fs::write(path, "content").unwrap()),
     ("a file of several data items", |path| {
-        fs::write(path, vec![7; 1_000_001]).unwrap()
+        fs::write(path, vec![7; 1_000_001]).unwrap();
     }),
     ("a file with set-ID bits and another owner", |path| {
         fs::write(path, "suid").unwrap();
@@ -66,16 +66,16 @@ const KINDS: &[(&str, Make)] = &[
         file.set_len(64 << 20).unwrap();
     }),
     ("a file that is one hole", |path| {
-        File::create(path).unwrap().set_len(3 << 30).unwrap()
+        File::create(path).unwrap().set_len(3 << 30).unwrap();
     }),
     ("a whiteout, a null device", |path| {
-        node(path, FileType::CharacterDevice, 0, 0)
+        node(path, FileType::CharacterDevice, 0, 0);
     }),
     ("a character device", |path| {
-        node(path, FileType::CharacterDevice, 4095, 1_048_575)
+        node(path, FileType::CharacterDevice, 4095, 1_048_575);
     }),
     ("a block device", |path| {
-        node(path, FileType::BlockDevice, 7, 300)
+        node(path, FileType::BlockDevice, 7, 300);
     }),
     ("a pipe", |path| node(path, FileType::Fifo, 0, 0)),
     ("a socket", |path| node(path, FileType::Socket, 0, 0)),
@@ -89,7 +89,7 @@ const KINDS: &[(&str, Make)] = &[
         xattr::set(path, "trusted.link", b"1").unwrap();
     }),
     ("a symlink that points out of the tree", |path| {
-        symlink("../../../../etc/passwd", path).unwrap()
+        symlink("../../../../etc/passwd", path).unwrap();
     }),
     ("an old file", |path| {
         let file = File::create(path).unwrap();

@@ -136,7 +136,7 @@ fn a_mount_in_the_tree_is_recorded_empty() {
         fs::create_dir(pair.path("volume")).unwrap();
         fs::write(pair.path("file"), "").unwrap();
         let bind = |from: &Path, to: &Path| {
-            mount(Some(from), to, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap()
+            mount(Some(from), to, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
         };
         bind(elsewhere.path(), &pair.path("volume"));
         bind(&elsewhere.path().join("secret"), &pair.path("file"));

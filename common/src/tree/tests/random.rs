@@ -155,7 +155,7 @@ fn round() -> impl Strategy<Value = (Vec<Change>, Vec<Change>)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_changes_between_and_during_live_passes_end_in_equal_trees(

@@ -16,8 +16,8 @@ use crate::tool::sys::{event, signal};
 
 /// The kernel reports within microseconds; a loaded machine may need longer to schedule us.
 const REPORT_TIMEOUT: Duration = Duration::from_millis(500);
-/// What the semaphore holds between two verifications.
-const SEMAPHORE: u32 = 7;
+/// What an eventfd holds at first.
+const COUNT: u32 = 7;
 
 /// Waits until `fd` can be read; `false` if it cannot within `timeout`.
 pub(super) fn readable(fd: BorrowedFd<'_>, timeout: Duration) -> anyhow::Result<bool> {
@@ -64,9 +64,22 @@ pub(super) fn epoll() -> anyhow::Result<impl FnMut() -> anyhow::Result<()>> {
     })
 }
 
-/// An eventfd in semaphore mode with a count.
+/// An eventfd with a count.
+pub(super) fn eventfd() -> anyhow::Result<impl FnMut() -> anyhow::Result<()>> {
+    let mut counter = File::from(event::eventfd(COUNT, false)?);
+    let mut wanted = u64::from(COUNT);
+    Ok(move || {
+        let mut word = [0; 8];
+        counter.read_exact(&mut word).context("read the count")?;
+        same("the count", &u64::from_ne_bytes(word), &wanted)?;
+        wanted = wanted % 1000 + 1;
+        counter.write_all(&wanted.to_ne_bytes()).context("write the count")
+    })
+}
+
+/// An eventfd in semaphore mode with a count. CRIU 4.2.1 restores it without the mode.
 pub(super) fn semaphore() -> anyhow::Result<impl FnMut() -> anyhow::Result<()>> {
-    let mut semaphore = File::from(event::eventfd(SEMAPHORE, true)?);
+    let mut semaphore = File::from(event::eventfd(COUNT, true)?);
     Ok(move || {
         let mut taken = 0;
         let mut word = [0; 8];
@@ -74,8 +87,8 @@ pub(super) fn semaphore() -> anyhow::Result<impl FnMut() -> anyhow::Result<()>> 
             same("one unit", &u64::from_ne_bytes(word), &1)?;
             taken += 1;
         }
-        semaphore.write_all(&u64::from(SEMAPHORE).to_ne_bytes())?;
-        same("the count", &taken, &SEMAPHORE)
+        semaphore.write_all(&u64::from(COUNT).to_ne_bytes())?;
+        same("the count", &taken, &COUNT)
     })
 }
 
@@ -90,7 +103,7 @@ pub(super) fn signalfd(number: i32) -> anyhow::Result<impl FnMut() -> anyhow::Re
     })
 }
 
-/// An inotify watch on a file. On overlayfs CRIU needs `--irmap-scan-path` for its directory. Events that are unread at the move may be lost (CRIU says so); later ones must come.
+/// An inotify watch on a file. Events that are unread at the move may be lost (CRIU says so); later ones must come.
 pub(super) fn inotify(dir: &Path) -> anyhow::Result<impl FnMut() -> anyhow::Result<()> + use<>> {
     let path = dir.join(format!("watched-{}", std::process::id()));
     fs::write(&path, "0")?;

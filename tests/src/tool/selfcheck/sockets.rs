@@ -8,11 +8,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, getsockopt, recv, send, setsockopt, shutdown, socketpair,
     sockopt,
 };
 
+use super::events::readable;
 use super::pattern;
 use super::suite::{same, same_content};
 use crate::tool::sys::event;
@@ -101,20 +103,32 @@ fn send_messages(socket: &OwnedFd, seed: u64, generation: u64) -> anyhow::Result
 /// The name of the listening socket that the session leader serves.
 const NAMED: &str = "named.sock";
 
-/// The server's half of the named socket: serves the connections, which ask for increasing numbers.
+/// The server's half of the named socket: a thread accepts and answers at once. Connections must not wait in the backlog
+/// between two verifications: CRIU 4.2.1 cannot restore one whose client it dumps before the listener
+/// ("FATAL: Peer 135489 unresolved for 135672"), nor dump one that was closed there.
 pub(super) fn named_server(dir: &Path) -> anyhow::Result<impl FnMut() -> anyhow::Result<()> + use<>> {
     let listener = UnixListener::bind(dir.join(NAMED))?;
     listener.set_nonblocking(true)?;
+    let server = std::thread::Builder::new().name("sc-named".into()).spawn(move || serve_named(&listener))?;
+    Ok(move || same("has the server ended, which", &server.is_finished(), &false))
+}
+
+fn serve_named(listener: &UnixListener) -> anyhow::Result<()> {
     let mut peers: Vec<UnixStream> = Vec::new();
-    Ok(move || {
+    loop {
+        let fds = std::iter::once(listener.as_fd()).chain(peers.iter().map(AsFd::as_fd));
+        let mut fds: Vec<PollFd<'_>> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error).context("wait for peers"),
+        }
         while let Ok((peer, _)) = listener.accept() {
             peer.set_nonblocking(true)?;
             peers.push(peer);
         }
-        // Whether the connection lasts is for the client to say.
+        // Whether a connection lasts is for the client to say.
         peers.retain_mut(|peer| answer(peer).is_ok());
-        Ok(())
-    })
+    }
 }
 
 /// Answers all requests that wait: one byte for one byte.
@@ -130,22 +144,26 @@ fn answer(peer: &mut UnixStream) -> std::io::Result<()> {
     }
 }
 
-/// The client's half: one connection that lasts, and a new one now and then.
+/// The client's half: one connection that lasts, and a new one each time.
 pub(super) fn named_client(dir: &Path) -> anyhow::Result<impl FnMut() -> anyhow::Result<()> + use<>> {
     let path = dir.join(NAMED);
     let mut lasting = UnixStream::connect(&path)?;
     lasting.set_read_timeout(Some(ANSWER_TIMEOUT))?;
     let mut round = 0_u8;
-    lasting.write_all(&[round])?;
     Ok(move || {
-        // The server has answered the last round's request while it verified itself.
-        let mut answer = [0];
-        lasting.read_exact(&mut answer).context("read the server's answer")?;
-        same("the server's answer", &answer[0], &!round)?;
         round = round.wrapping_add(1);
-        lasting.write_all(&[round]).context("ask the server")?;
-        UnixStream::connect(&path).context("connect anew").map(drop)
+        question(&mut lasting, round).context("the lasting connection")?;
+        let mut fresh = UnixStream::connect(&path).context("connect anew")?;
+        fresh.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        question(&mut fresh, round).context("the new connection")
     })
+}
+
+fn question(stream: &mut UnixStream, byte: u8) -> anyhow::Result<()> {
+    stream.write_all(&[byte]).context("ask the server")?;
+    let mut answer = [0];
+    stream.read_exact(&mut answer).context("read the server's answer")?;
+    same("the server's answer", &answer[0], &!byte)
 }
 
 /// A TCP connection over loopback with unread data in both directions, and its listener.
@@ -182,11 +200,12 @@ pub(super) fn udp() -> anyhow::Result<impl FnMut() -> anyhow::Result<()>> {
     let (server, client) = (UdpSocket::bind("127.0.0.1:0")?, UdpSocket::bind("127.0.0.1:0")?);
     let addresses = [server.local_addr()?, client.local_addr()?];
     client.connect(addresses[0])?;
-    server.set_read_timeout(Some(ANSWER_TIMEOUT))?;
     Ok(move || {
         same("the addresses", &[client.peer_addr()?, client.local_addr()?], &addresses)?;
         client.send(b"datagram").context("send")?;
         let mut datagram = [0; 16];
+        // Waiting in poll, not in recv: a freeze interrupts a receive with a timeout (signal(7)).
+        same("does a datagram come, which", &readable(server.as_fd(), ANSWER_TIMEOUT)?, &true)?;
         let received = server.recv_from(&mut datagram).context("receive")?;
         same("the datagram", &received, &(8, addresses[1]))
     })

@@ -10,7 +10,7 @@ type Check = Box<dyn FnMut() -> anyhow::Result<()>>;
 /// a generation that it remembers.
 pub(super) struct Suite {
     without: Vec<String>,
-    checks: Vec<(&'static str, Check)>,
+    checks: Vec<(String, Check)>,
 }
 
 impl Suite {
@@ -20,13 +20,13 @@ impl Suite {
     }
 
     /// Builds a check, unless it is to be skipped.
-    pub(super) fn add<C>(&mut self, name: &'static str, build: impl FnOnce() -> anyhow::Result<C>) -> anyhow::Result<()>
+    pub(super) fn add<C>(&mut self, name: &str, build: impl FnOnce() -> anyhow::Result<C>) -> anyhow::Result<()>
     where
         C: FnMut() -> anyhow::Result<()> + 'static,
     {
         if !self.without.iter().any(|skipped| skipped == name) {
             let check = build().with_context(|| format!("set up {name}"))?;
-            self.checks.push((name, Box::new(check)));
+            self.checks.push((name.to_owned(), Box::new(check)));
         }
         Ok(())
     }
@@ -48,7 +48,7 @@ impl Suite {
 
     /// Verifies everything once; the result is one line for each failure.
     pub(super) fn verify(&mut self) -> Vec<String> {
-        let verify = |(name, check): &mut (&str, Check)| check().err().map(|error| format!("{name}: {error:#}"));
+        let verify = |(name, check): &mut (String, Check)| check().err().map(|error| format!("{name}: {error:#}"));
         self.checks.iter_mut().filter_map(verify).collect()
     }
 }

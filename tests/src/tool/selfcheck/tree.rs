@@ -22,23 +22,27 @@ const ZOMBIE_EXIT: i32 = 42;
 /// main ─┬─ session   a session of its own; holds the file locks, serves the named socket, shares memory with main
 ///       │     └─ member   in that session, but in a process group of its own
 ///       ├─ group     a process group of its own; low limits, nice, batch; parent of the zombie
-///       └─ user      uid 1000, no capabilities, no new privileges
+///       ├─ powerless uid 0 without capabilities, no new privileges
+///       └─ user      uid 1000, no new privileges; CRIU needs CAP_SYS_RESOURCE for it (prlimit across users)
 /// ```
 pub(super) fn fork(dir: &Path, shared: &Rc<Shared>, suite: &mut Suite) -> anyhow::Result<Vec<Worker>> {
     let mut workers = Vec::new();
     let without = suite.without().to_vec();
     let session = Worker::fork("session", &mut workers, || session(dir, shared, &without))?;
     workers.push(session);
-    let group = Worker::fork("group", &mut workers, || group(&without))?;
-    workers.push(group);
-    let user = Worker::fork("user", &mut workers, || {
-        identity::become_user()?;
-        let mut suite = Suite::new(&without);
-        suite.add("user", identity::is_user)?;
-        suite.add("user-identity", identity::unchanged)?;
-        Ok(suite)
-    })?;
-    workers.push(user);
+    let wanted = |name: &str| !without.iter().any(|skipped| skipped == name);
+    if wanted("worker-group") {
+        let group = Worker::fork("group", &mut workers, || group(&without))?;
+        workers.push(group);
+    }
+    if wanted("worker-powerless") {
+        let powerless = Worker::fork("powerless", &mut workers, || powerless(&without))?;
+        workers.push(powerless);
+    }
+    if wanted("worker-user") {
+        let user = Worker::fork("user", &mut workers, || user(&without))?;
+        workers.push(user);
+    }
     let pids: Vec<i32> = workers.iter().map(Worker::pid).collect();
     suite.add("process-tree", || relations(&pids, std::process::id() as i32))?;
     Ok(workers)
@@ -71,7 +75,25 @@ fn group(without: &[String]) -> anyhow::Result<Suite> {
     identity::become_peculiar()?;
     let mut suite = Suite::new(without);
     suite.add("zombie", zombie)?;
+    suite.add("personality", identity::personality)?;
+    suite.add("core-filter", identity::core_filter)?;
     suite.add("group-identity", identity::unchanged)?;
+    Ok(suite)
+}
+
+fn powerless(without: &[String]) -> anyhow::Result<Suite> {
+    identity::become_powerless()?;
+    let mut suite = Suite::new(without);
+    suite.add("powerless", identity::is_powerless)?;
+    suite.add("powerless-identity", identity::unchanged)?;
+    Ok(suite)
+}
+
+fn user(without: &[String]) -> anyhow::Result<Suite> {
+    identity::become_user()?;
+    let mut suite = Suite::new(without);
+    suite.add("user", identity::is_user)?;
+    suite.add("user-identity", identity::unchanged)?;
     Ok(suite)
 }
 

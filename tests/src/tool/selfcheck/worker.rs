@@ -64,6 +64,11 @@ impl Worker {
         self.pid
     }
 
+    /// The child's name in the list of checks.
+    pub(super) fn check_name(&self) -> String {
+        format!("worker-{}", self.name)
+    }
+
     /// How many checks the child makes.
     pub(super) fn checks(&self) -> usize {
         self.checks

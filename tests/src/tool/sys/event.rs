@@ -29,10 +29,15 @@ pub(crate) fn epoll_set(epoll: BorrowedFd<'_>, op: i32, fd: BorrowedFd<'_>, even
 pub(crate) fn epoll_ready(epoll: BorrowedFd<'_>, wait: Duration) -> io::Result<Vec<(i32, u64)>> {
     let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
     let timeout = wait.as_millis() as i32;
-    // SAFETY: the kernel fills at most as many events as the array has.
-    let count = check(unsafe {
-        libc::epoll_wait(epoll.as_raw_fd(), events.as_mut_ptr(), events.len() as i32, timeout)
-    })?;
+    let count = loop {
+        // SAFETY: the kernel fills at most as many events as the array has.
+        let count = unsafe { libc::epoll_wait(epoll.as_raw_fd(), events.as_mut_ptr(), events.len() as i32, timeout) };
+        match check(count) {
+            // A freeze interrupts this call (signal(7)): then it begins anew.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => break other?,
+        }
+    };
     let mut ready: Vec<_> = events[..count as usize].iter().map(|event| (event.events as i32, event.u64)).collect();
     ready.sort_by_key(|(_, data)| *data);
     Ok(ready)

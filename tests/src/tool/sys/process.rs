@@ -70,6 +70,16 @@ pub(crate) fn personality(bits: u64) -> io::Result<i32> {
     check(unsafe { libc::personality(bits as _) })
 }
 
+/// Gives up all capabilities of the calling thread: effective, permitted and inheritable.
+pub(crate) fn drop_capabilities() -> io::Result<()> {
+    /// `_LINUX_CAPABILITY_VERSION_3` of linux/capability.h; it takes two sets of three words.
+    const VERSION_3: u32 = 0x2008_0522;
+    let header = [VERSION_3, 0];
+    let sets = [[0_u32; 3]; 2];
+    // SAFETY: header and sets have the layout of version 3, and are only read.
+    check(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) }).map(drop)
+}
+
 /// The nice value of the calling process.
 pub(crate) fn nice() -> i32 {
     // SAFETY: no pointers. -1 is also a value, and the call cannot fail for ourselves.

@@ -114,9 +114,15 @@ pub(crate) fn take(signal: i32, wait: Duration) -> io::Result<Option<Taken>> {
     let set = set_of(&[signal]);
     let timeout = libc::timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
     let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
-    // SAFETY: all three point to initialised values of the right type.
-    let taken = unsafe { libc::sigtimedwait(&raw const set, info.as_mut_ptr(), &raw const timeout) };
-    match check(taken) {
+    let taken = loop {
+        // SAFETY: all three point to initialised values of the right type.
+        let taken = check(unsafe { libc::sigtimedwait(&raw const set, info.as_mut_ptr(), &raw const timeout) });
+        // A freeze interrupts this call (signal(7)): then it begins anew.
+        if !taken.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::Interrupted) {
+            break taken;
+        }
+    };
+    match taken {
         Ok(_) => {
             // SAFETY: zeroed before, filled by the kernel; zeroes are a valid siginfo_t.
             let info = unsafe { info.assume_init() };

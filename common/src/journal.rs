@@ -1,0 +1,105 @@
+//! What an agent must know after it was killed: one small file a migration, replaced as a whole and synced.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use thiserror::Error;
+
+/// A journal that could not be written.
+#[derive(Debug, Error)]
+#[error("can't {operation} the journal {path}: is the disk full or read-only?")]
+pub struct JournalError {
+    operation: &'static str,
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// A directory of records.
+#[derive(Debug, Clone)]
+pub struct Journal {
+    dir: PathBuf,
+}
+
+impl Journal {
+    /// The journal in `dir`, made if it is missing.
+    pub fn open(dir: PathBuf) -> Result<Self, JournalError> {
+        fs::create_dir_all(&dir).map_err(|source| JournalError { operation: "create", path: dir.clone(), source })?;
+        Ok(Self { dir })
+    }
+
+    /// Replaces a record, durably: when this returns, a power cut leaves the new one.
+    pub fn write<T: Serialize>(&self, id: &str, record: &T) -> Result<(), JournalError> {
+        let path = self.path(id);
+        self.replace(&path, record).map_err(|source| JournalError { operation: "write", path, source })
+    }
+
+    fn replace<T: Serialize>(&self, path: &Path, record: &T) -> io::Result<()> {
+        let partial = path.with_extension("partial");
+        let mut file = fs::File::create(&partial)?;
+        file.write_all(&serde_json::to_vec(record)?)?;
+        file.sync_all()?;
+        fs::rename(&partial, path)?;
+        // The name is durable once its directory is.
+        fs::File::open(&self.dir)?.sync_all()
+    }
+
+    /// A record; nothing if there is none, or none that can be read.
+    pub fn read<T: DeserializeOwned>(&self, id: &str) -> Option<T> {
+        serde_json::from_slice(&fs::read(self.path(id)).ok()?).ok()
+    }
+
+    /// All records.
+    pub fn all<T: DeserializeOwned>(&self) -> Vec<(String, T)> {
+        let Ok(entries) = fs::read_dir(&self.dir) else { return Vec::new() };
+        entries
+            .flatten()
+            .filter_map(|entry| {
+                let id = entry.file_name().to_str()?.strip_suffix(".json")?.to_owned();
+                let record = self.read(&id)?;
+                Some((id, record))
+            })
+            .collect()
+    }
+
+    /// Forgets a record.
+    pub fn remove(&self, id: &str) {
+        let _ = fs::remove_file(self.path(id));
+    }
+
+    fn path(&self, id: &str) -> PathBuf {
+        self.dir.join(format!("{id}.json"))
+    }
+}
+
+/// Whether a migration's id can be a file name: agents make them of letters, digits and hyphens.
+pub fn is_migration_id(id: &str) -> bool {
+    !id.is_empty() && id.len() <= 64 && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_replaced_whole() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let journal = Journal::open(dir.path().join("j")).expect("opens");
+        journal.write("m-1", &1).expect("writes");
+        journal.write("m-1", &2).expect("writes");
+        assert_eq!(journal.all::<i32>(), [("m-1".to_owned(), 2)]);
+        journal.remove("m-1");
+        assert_eq!(journal.read::<i32>("m-1"), None);
+    }
+
+    #[test]
+    fn ids_that_are_paths_are_no_ids() {
+        assert!(is_migration_id("web-0a1b"));
+        for bad in ["", "../x", "a/b", "a.b"] {
+            assert!(!is_migration_id(bad), "{bad}");
+        }
+    }
+}

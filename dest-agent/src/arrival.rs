@@ -1,0 +1,471 @@
+//! One migration as the destination sees it: a state with its data, and one step for each message.
+//!
+//! ```text
+//!  Offered ──Prepare──▶ Staged ──Arm──▶ Armed ──Restore──▶ Stopped ──Commit──▶ Running
+//!     └──────────┴─────────┴──Abort, silence, a broken stream──▶ undone      (no way back)
+//! ```
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use longhaul_common::config::DestConfig;
+use longhaul_common::description::Description;
+use longhaul_common::journal::{Journal, JournalError};
+use longhaul_common::layers::LayerDigests;
+use longhaul_common::tree::{TreeError, TreeItem, Writer};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use tokio::sync::Mutex;
+
+use crate::images::{ImageError, ImageWriter};
+use crate::preflight::Findings;
+use crate::restore::{Armed, RestoreError};
+use crate::staging::{Made, Staging, StagingError, Target, layer_store, undo};
+
+/// A step that failed, or was not due.
+#[derive(Debug, Error)]
+pub enum ArrivalError {
+    /// A message at the wrong time.
+    #[error("{got} was sent while the migration was {state}; {expected} was due")]
+    OutOfTurn {
+        /// What came.
+        got: &'static str,
+        /// Where it stands.
+        state: &'static str,
+        /// What would have been right.
+        expected: &'static str,
+    },
+    /// A tree that is not expected.
+    #[error("the peer pushed tree {0}, which this migration does not have or does not need")]
+    Tree(u32),
+    /// A name other than the one file's.
+    #[error("the peer pushed more than the one file {0:?}")]
+    OneFile(PathBuf),
+    /// A layer is not what it was said to be.
+    #[error("a layer arrived with digest {got}, not {expected}")]
+    Layer {
+        /// What arrived.
+        got: String,
+        /// What was announced.
+        expected: String,
+    },
+    /// A commit for another epoch.
+    #[error("commit for epoch {got}, this migration has {expected}")]
+    Epoch {
+        /// Asked.
+        got: u64,
+        /// Known.
+        expected: u64,
+    },
+    /// Images announced and arrived differ.
+    #[error("{announced} images were announced for the restore, {arrived} arrived")]
+    Images {
+        /// Announced.
+        announced: u64,
+        /// Arrived.
+        arrived: u64,
+    },
+    /// Staging.
+    #[error(transparent)]
+    Staging(#[from] StagingError),
+    /// A tree.
+    #[error(transparent)]
+    Apply(#[from] TreeError),
+    /// An image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The restore.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// The network switch.
+    #[error(transparent)]
+    Net(#[from] longhaul_common::net::NetError),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// A file.
+    #[error("can't write {path}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// What the journal holds of a migration.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Record {
+    /// The container.
+    pub container: String,
+    /// The migration's epoch.
+    pub epoch: u64,
+    /// How far it is.
+    pub phase: RecordPhase,
+    /// What was made for it.
+    pub made: Made,
+}
+
+/// How far a migration is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RecordPhase {
+    /// Undone if the agent finds it at its start.
+    Arriving,
+    /// This host owns the container.
+    Committed,
+    /// Refused for ever.
+    Aborted,
+}
+
+/// A step's duration, by name.
+pub type Timings = Vec<(&'static str, std::time::Duration)>;
+
+/// One migration.
+pub struct Arrival {
+    /// Its id.
+    pub migration: String,
+    /// Its epoch.
+    pub epoch: u64,
+    /// The container.
+    pub container: Description,
+    /// The names in the certificate of the source: no other host may push into it.
+    pub peer: Vec<String>,
+    config: Arc<DestConfig>,
+    journal: Journal,
+    state: Mutex<State>,
+    writers: std::sync::Mutex<Writers>,
+}
+
+#[derive(Default)]
+struct Writers {
+    open: bool,
+    trees: HashMap<u32, Writer>,
+    targets: Vec<Option<Target>>,
+    images_dir: PathBuf,
+    images_arrived: Option<u64>,
+}
+
+enum State {
+    Offered(Box<Staging>),
+    Staged(Box<Staging>),
+    Armed(Box<Staging>, Armed),
+    Stopped(Box<Staging>, Armed),
+    Running,
+    Undone,
+}
+
+impl State {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Offered(_) => "offered",
+            Self::Staged(_) => "staged",
+            Self::Armed(..) => "armed",
+            Self::Stopped(..) => "restored and stopped",
+            Self::Running => "committed",
+            Self::Undone => "undone",
+        }
+    }
+}
+
+impl Arrival {
+    /// An accepted offer.
+    pub fn new(
+        config: Arc<DestConfig>,
+        journal: Journal,
+        migration: String,
+        epoch: u64,
+        container: Description,
+        findings: &Findings,
+        peer: Vec<String>,
+    ) -> Self {
+        let staging = Staging::plan(&config.paths, &migration, &container, findings);
+        let state = Mutex::new(State::Offered(Box::new(staging)));
+        Self { migration, epoch, container, peer, config, journal, state, writers: std::sync::Mutex::default() }
+    }
+
+    fn record(&self, phase: RecordPhase, made: Made) -> Result<(), JournalError> {
+        let record = Record { container: self.container.id.clone(), epoch: self.epoch, phase, made };
+        self.journal.write(&self.migration, &record)
+    }
+
+    /// Makes everything that has to be there before the first byte.
+    pub async fn prepare(&self) -> Result<(), ArrivalError> {
+        let mut state = self.state.lock().await;
+        let State::Offered(mut staging) = take(&mut state, |state| matches!(state, State::Offered(..))) else {
+            return Err(out_of_turn("Prepare", "it once, after the offer", &state));
+        };
+        // First on record, then made: a killed agent finds what it has to take away.
+        self.record(RecordPhase::Arriving, staging.intent(&self.container))?;
+        if let Err(error) = staging.prepare(&self.container, &self.config.bridges) {
+            staging.undo();
+            return Err(error.into());
+        }
+        if let Ok(mut writers) = self.writers.lock() {
+            writers.open = true;
+            writers.targets.clone_from(&staging.targets);
+            writers.images_dir = staging.images();
+        }
+        *state = State::Staged(staging);
+        Ok(())
+    }
+
+    /// Starts the runtime's restore, which waits.
+    pub async fn arm(&self, descriptors: &[u8]) -> Result<(), ArrivalError> {
+        let mut state = self.state.lock().await;
+        let State::Staged(mut staging) = take(&mut state, |state| matches!(state, State::Staged(..))) else {
+            return Err(out_of_turn("Arm", "it once, after Prepare", &state));
+        };
+        let path = staging.images().join("descriptors.json");
+        let armed = async {
+            std::fs::write(&path, descriptors).map_err(|source| ArrivalError::File { path: path.clone(), source })?;
+            staging.mount_placeholder(&self.container)?;
+            Ok(Armed::start(&self.config.engine, &self.container, &staging).await?)
+        };
+        match armed.await {
+            Ok(armed) => {
+                *state = State::Armed(staging, armed);
+                Ok(())
+            }
+            Err(error) => {
+                staging.undo();
+                Err(error)
+            }
+        }
+    }
+
+    /// Restores the container, stopped and silent. All trees and images must have arrived.
+    pub async fn restore(&self, announced: u64) -> Result<Timings, ArrivalError> {
+        let mut state = self.state.lock().await;
+        let State::Armed(mut staging, mut armed) = take(&mut state, |state| matches!(state, State::Armed(..))) else {
+            return Err(out_of_turn("Restore", "it once, after Arm", &state));
+        };
+        let arrived = self.close_writers();
+        let mut timings = Timings::new();
+        let restored = async {
+            if arrived != Some(announced) {
+                return Err(ArrivalError::Images { announced, arrived: arrived.unwrap_or(0) });
+            }
+            let start = Instant::now();
+            staging.mount_root(&self.container)?;
+            timings.push(("mount", start.elapsed()));
+            let start = Instant::now();
+            armed.restore().await?;
+            timings.push(("criu-restore", start.elapsed()));
+            Ok(())
+        };
+        match restored.await {
+            Ok(()) => {
+                *state = State::Stopped(staging, armed);
+                Ok(timings)
+            }
+            Err(error) => {
+                armed.kill().await;
+                self.clean(staging).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes the container over: from here it runs here, and nowhere else.
+    pub async fn commit(&self, epoch: u64) -> Result<Timings, ArrivalError> {
+        let mut state = self.state.lock().await;
+        if epoch != self.epoch {
+            return Err(ArrivalError::Epoch { got: epoch, expected: self.epoch });
+        }
+        let State::Stopped(staging, mut armed) = take(&mut state, |state| matches!(state, State::Stopped(..))) else {
+            return Err(out_of_turn("Commit", "it once, after Restore", &state));
+        };
+        let mut timings = Timings::new();
+        let start = Instant::now();
+        if let Err(error) = self.record(RecordPhase::Committed, staging.made.clone()) {
+            armed.kill().await;
+            self.clean(staging).await;
+            return Err(error.into());
+        }
+        timings.push(("journal", start.elapsed()));
+
+        // ---- the point of no return: this host owns the container, and nothing below unwinds ----
+        *state = State::Running;
+        let start = Instant::now();
+        if let Some(network) = &staging.network {
+            for port in &network.ports {
+                if let Err(error) = port.join() {
+                    tracing::error!(%error, port = port.name, "the container is here, but its port is not on its bridge: add it by hand");
+                }
+            }
+        }
+        timings.push(("network", start.elapsed()));
+        let start = Instant::now();
+        let resumed = armed.resume().await;
+        timings.push(("resume", start.elapsed()));
+        if let Some(network) = &staging.network {
+            network.announcer.announce();
+        }
+        resumed?;
+        let container = self.container.clone();
+        tokio::spawn(async move {
+            armed.finish().await;
+            let _ = tokio::task::spawn_blocking(move || staging.settle(&container)).await;
+        });
+        Ok(timings)
+    }
+
+    /// Takes everything away, unless the container is running here.
+    pub async fn abort(&self, reason: &str) {
+        let mut state = self.state.lock().await;
+        self.close_writers();
+        match std::mem::replace(&mut *state, State::Undone) {
+            State::Running => *state = State::Running,
+            State::Undone => self.remember_abort(),
+            // Nothing was made yet.
+            State::Offered(_) => {}
+            State::Staged(staging) => {
+                tracing::info!(reason, "undoing the arrival");
+                self.clean(staging).await;
+            }
+            State::Armed(staging, armed) | State::Stopped(staging, armed) => {
+                tracing::info!(reason, "undoing the arrival");
+                armed.kill().await;
+                self.clean(staging).await;
+            }
+        }
+    }
+
+    async fn clean(&self, staging: Box<Staging>) {
+        let runtime = self.config.engine.runtime();
+        if let Err(error) = runtime.delete(&self.container.id).await {
+            tracing::debug!(%error, "the runtime had nothing to delete");
+        }
+        let _ = tokio::task::spawn_blocking(move || staging.undo()).await;
+        self.remember_abort();
+    }
+
+    fn remember_abort(&self) {
+        if let Err(error) = self.record(RecordPhase::Aborted, Made::default()) {
+            tracing::error!(%error, "can't record that the migration was undone");
+        }
+    }
+
+    /// Whether the container runs here.
+    pub async fn is_committed(&self) -> bool {
+        matches!(*self.state.lock().await, State::Running)
+    }
+
+    /// Where a tree goes; an error if it is not to be pushed now.
+    fn writer(&self, tree: u32) -> Result<(Writer, Target), ArrivalError> {
+        let mut writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if !writers.open {
+            return Err(ArrivalError::OutOfTurn { got: "a tree", state: "not taking files", expected: "Prepare" });
+        }
+        let target = writers.targets.get(tree as usize).cloned().flatten().ok_or(ArrivalError::Tree(tree))?;
+        let writer = match writers.trees.remove(&tree) {
+            Some(writer) => writer,
+            None => Writer::open(&target.root, target.kind)?,
+        };
+        Ok((writer, target))
+    }
+
+    /// One pass over one tree, for a blocking thread. The items and bytes that were applied.
+    pub fn apply_pass(
+        &self,
+        tree: u32,
+        items: impl Iterator<Item = Result<TreeItem, ArrivalError>>,
+    ) -> Result<(u64, u64), ArrivalError> {
+        let (mut writer, target) = self.writer(tree)?;
+        let (mut count, mut bytes) = (0, 0);
+        for item in items {
+            let item = item?;
+            if let (Some(only), TreeItem::Entry(entry)) = (&target.only, &item)
+                && entry.path != *only
+            {
+                return Err(ArrivalError::OneFile(target.root.join(String::from_utf8_lossy(only).as_ref())));
+            }
+            if target.only.is_some() && matches!(item, TreeItem::Removed { .. }) {
+                return Err(ArrivalError::OneFile(target.root.clone()));
+            }
+            if let TreeItem::Data { bytes: data, .. } = &item {
+                bytes += data.len() as u64;
+            }
+            count += 1;
+            writer.apply(item)?;
+        }
+        writer.finish()?;
+        if let Some(expected) = &target.digest {
+            self.store_layer(&target, expected)?;
+            return Ok((count, bytes));
+        }
+        let mut writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        writers.trees.insert(tree, writer);
+        Ok((count, bytes))
+    }
+
+    fn store_layer(&self, target: &Target, expected: &str) -> Result<(), ArrivalError> {
+        let got = LayerDigests::open(&self.config.paths.state).digest(&target.root)?;
+        if got != expected {
+            return Err(ArrivalError::Layer { got, expected: expected.to_owned() });
+        }
+        let place = layer_store(&self.config.paths).join(expected);
+        match std::fs::rename(&target.root, &place) {
+            Ok(()) => Ok(()),
+            // Another arrival brought the same layer meanwhile.
+            Err(_) if place.is_dir() => Ok(()),
+            Err(source) => Err(ArrivalError::File { path: place, source }),
+        }
+    }
+
+    /// The writer of CRIU's images.
+    pub fn image_writer(&self) -> Result<ImageWriter, ArrivalError> {
+        let writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if !writers.open || writers.images_arrived.is_some() {
+            return Err(ArrivalError::OutOfTurn { got: "images", state: "not taking them", expected: "Prepare" });
+        }
+        Ok(ImageWriter::new(&writers.images_dir))
+    }
+
+    /// All images are here.
+    pub fn images_arrived(&self, count: u64) {
+        let mut writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        writers.images_arrived = Some(count);
+    }
+
+    /// Nothing more may be pushed; how many images have arrived.
+    fn close_writers(&self) -> Option<u64> {
+        let mut writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        writers.open = false;
+        writers.trees.clear();
+        writers.images_arrived
+    }
+}
+
+/// Takes the state out if it is the one a message is due in; otherwise it stays.
+fn take(state: &mut State, due: fn(&State) -> bool) -> State {
+    if due(state) { std::mem::replace(state, State::Undone) } else { State::Undone }
+}
+
+fn out_of_turn(got: &'static str, expected: &'static str, state: &State) -> ArrivalError {
+    ArrivalError::OutOfTurn { got, state: state.name(), expected }
+}
+
+/// At the agent's start: what an earlier life left half-done is taken away; what is committed stays.
+pub async fn recover(config: &DestConfig, journal: &Journal) {
+    let runtime = config.engine.runtime();
+    for (migration, mut record) in journal.all::<Record>() {
+        if record.phase != RecordPhase::Arriving {
+            continue;
+        }
+        tracing::warn!(migration, container = record.container, "undoing an arrival that was cut off");
+        if let Err(error) = runtime.delete(&record.container).await {
+            tracing::debug!(%error, "the runtime had nothing to delete");
+        }
+        undo(&record.made);
+        record.phase = RecordPhase::Aborted;
+        record.made = Made::default();
+        if let Err(error) = journal.write(&migration, &record) {
+            tracing::error!(%error, migration, "can't record that the migration was undone");
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! The runtime's restore, held twice: before CRIU's request, and when all tasks exist but none has run.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use longhaul_common::config::EngineConfig;
+use longhaul_common::criu::hold::{
+    CRIU_ENV, FIRST_INHERITED_FD, Held, HoldError, HoldEvent, HoldListener, OpenFile, Prepare, SOCKET_ENV,
+};
+use longhaul_common::criu::{failure_of, path_with_hold, rpc};
+use longhaul_common::description::{Description, StdioTarget};
+use longhaul_common::runtime::last_message;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use thiserror::Error;
+use tokio::process::Child;
+
+use crate::staging::Staging;
+
+/// How long a runtime may take from its start to CRIU's request.
+const START_DEADLINE: Duration = Duration::from_secs(20);
+/// How long a runtime may take to end once CRIU has.
+const END_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A restore that failed.
+#[derive(Debug, Error)]
+pub enum RestoreError {
+    /// The runtime could not be started.
+    #[error("can't start {program}")]
+    Start {
+        /// The runtime.
+        program: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A log could not be opened.
+    #[error("can't open {path} for the container's output")]
+    Log {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The runtime gave up before CRIU.
+    #[error("the runtime did not get as far as CRIU: {0}")]
+    Runtime(String),
+    /// CRIU failed.
+    #[error("CRIU could not restore the container: {0}")]
+    Criu(String),
+    /// The hold.
+    #[error("the restore can't be steered")]
+    Hold(#[from] HoldError),
+}
+
+/// A runtime that waits before CRIU's RESTORE request.
+#[derive(Debug)]
+pub struct Armed {
+    held: Held,
+    child: Child,
+    log: PathBuf,
+    work: PathBuf,
+    init: i32,
+    gone: bool,
+    _listener: HoldListener,
+}
+
+impl Armed {
+    /// Starts the runtime. `descriptors.json` must be among the images; nothing else of them is needed yet.
+    pub async fn start(
+        engine: &EngineConfig,
+        container: &Description,
+        staging: &Staging,
+    ) -> Result<Self, RestoreError> {
+        let listener = HoldListener::bind(&staging.made.run.join("hold.sock"))?;
+        let log = staging.work().join("runtime.log");
+        let path = path_with_hold(&staging.made.run, &engine.hold)
+            .map_err(|source| RestoreError::Start { program: engine.hold.clone(), source })?;
+        let mut command = engine.runtime().command();
+        command.arg("--log").arg(&log).args(["restore", "--detach", "--tcp-established", "--file-locks"]);
+        command.arg("--bundle").arg(&container.bundle);
+        command.arg("--image-path").arg(staging.images()).arg("--work-path").arg(staging.work());
+        command.arg(&container.id);
+        command.env("PATH", path).env(SOCKET_ENV, listener.path()).env(CRIU_ENV, &engine.criu);
+        let (stdout, stderr) = (output(container, 1)?, output(container, 2)?);
+        command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
+        let mut child = command
+            .spawn()
+            .map_err(|source| RestoreError::Start { program: engine.runc.clone(), source })?;
+        let accepted = tokio::select! {
+            accepted = tokio::time::timeout(START_DEADLINE, listener.accept()) => accepted,
+            _ = child.wait() => return Err(RestoreError::Runtime(runtime_message(&log))),
+        };
+        let Ok(held) = accepted else {
+            let _ = child.kill().await;
+            return Err(RestoreError::Runtime(format!("no answer within {} s", START_DEADLINE.as_secs())));
+        };
+        let mut held = held?;
+        held.prepare(preparation(container, staging)).await?;
+        Ok(Self { held, child, log, work: staging.work(), init: 0, gone: false, _listener: listener })
+    }
+
+    /// Restores. On success every task exists, stopped before its first instruction.
+    pub async fn restore(&mut self) -> Result<(), RestoreError> {
+        self.held.go().await?;
+        self.gone = true;
+        loop {
+            match self.held.next().await? {
+                HoldEvent::Waiting { script, .. } if script == PRE_RESUME => return Ok(()),
+                HoldEvent::Waiting { pid, .. } => {
+                    self.init = pid;
+                    self.held.verdict(true).await?;
+                }
+                HoldEvent::Ended { error, .. } => return Err(self.failure(&error)),
+            }
+        }
+    }
+
+    /// Lets the container run. Returns once its tasks do; [`finish`](Self::finish) waits for the rest.
+    pub async fn resume(&mut self) -> Result<(), RestoreError> {
+        self.held.verdict(true).await?;
+        match self.held.next().await? {
+            HoldEvent::Ended { success: true, .. } => Ok(()),
+            HoldEvent::Ended { error, .. } => Err(self.failure(&error)),
+            HoldEvent::Waiting { script, .. } => Err(RestoreError::Criu(format!("it waits at {script} again"))),
+        }
+    }
+
+    /// Waits until the runtime has written its state and ended.
+    pub async fn finish(mut self) {
+        if tokio::time::timeout(END_DEADLINE, self.child.wait()).await.is_err() {
+            tracing::warn!("the runtime did not end after the restore");
+        }
+    }
+
+    /// Ends it, whatever it has reached; nothing of the container is left running.
+    pub async fn kill(mut self) {
+        if self.gone {
+            if self.init > 0 {
+                // The end of its init ends a PID namespace. Its sockets say so into a network that is on no bridge.
+                let _ = kill(Pid::from_raw(self.init), Signal::SIGKILL);
+            }
+            let _ = self.held.verdict(false).await;
+        } else {
+            let _ = self.held.cancel().await;
+        }
+        if tokio::time::timeout(END_DEADLINE, self.child.wait()).await.is_err() {
+            let _ = self.child.kill().await;
+        }
+    }
+
+    fn failure(&self, error: &str) -> RestoreError {
+        let found = failure_of(&self.work.join("restore.log"));
+        let runtime = runtime_message(&self.log);
+        RestoreError::Criu(found.unwrap_or_else(|| if error.is_empty() { runtime } else { error.to_owned() }))
+    }
+}
+
+/// CRIU's last notification before tasks run: everything that can fail has been done.
+const PRE_RESUME: &str = "pre-resume";
+/// The one that names the root task.
+const POST_RESTORE: &str = "post-restore";
+
+fn runtime_message(log: &Path) -> String {
+    last_message(&std::fs::read_to_string(log).unwrap_or_default())
+}
+
+/// The runtime's own output becomes the container's where the container's was a pipe.
+fn output(container: &Description, fd: i32) -> Result<Stdio, RestoreError> {
+    let log = container.stdio.iter().find(|stdio| stdio.fd == fd).and_then(|stdio| match &stdio.target {
+        StdioTarget::Pipe { log, .. } => log.as_ref(),
+        StdioTarget::File { .. } => None,
+    });
+    let Some(log) = log else { return Ok(Stdio::null()) };
+    let open = std::fs::OpenOptions::new().append(true).create(true).open(log);
+    open.map(Stdio::from).map_err(|source| RestoreError::Log { path: log.into(), source })
+}
+
+fn preparation(container: &Description, staging: &Staging) -> Prepare {
+    let mut inherited = Vec::new();
+    let mut files = Vec::new();
+    let mut numbers = FIRST_INHERITED_FD..;
+    let mut give = |key: String, path: String, flags: i32| {
+        let Some(fd) = numbers.next() else { return };
+        inherited.push(rpc::InheritFd { key, fd });
+        files.push(OpenFile { fd, path, flags, offset: 0 });
+    };
+    if let Some(network) = &staging.network {
+        let path = format!("/proc/{}/fd/{}", std::process::id(), network.netns.as_fd().as_raw_fd());
+        give(rpc::EXTERNAL_NETNS.to_owned(), path, nix::libc::O_RDONLY);
+    }
+    // Streams that shared one open file share one again.
+    let mut seen = VecDeque::new();
+    for stdio in &container.stdio {
+        if let StdioTarget::File { path, key, flags } = &stdio.target
+            && !seen.contains(key)
+        {
+            seen.push_back(key.clone());
+            let access = flags & nix::libc::O_ACCMODE;
+            // Appending keeps every line even if both hosts' logs are joined later.
+            let append = if access == nix::libc::O_RDONLY { 0 } else { nix::libc::O_APPEND };
+            give(key.clone(), path.clone(), access | append);
+        }
+    }
+    Prepare {
+        addition: Some(rpc::Options {
+            root: Some(staging.root(container).display().to_string()),
+            inherit_fd: inherited,
+            network_lock: staging.network.is_some().then_some(rpc::NetworkLock::Skip as i32),
+            manage_cgroups_mode: container.single_cgroup.then_some(rpc::CgroupMode::Ignore as i32),
+            log_level: Some(rpc::LOG_LEVEL),
+            ..rpc::Options::default()
+        }),
+        files,
+        held: vec![POST_RESTORE.to_owned(), PRE_RESUME.to_owned()],
+        environment: Vec::new(),
+    }
+}

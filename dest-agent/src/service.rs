@@ -1,0 +1,372 @@
+//! The network edge: wire types in, domain types on.
+
+use std::collections::{BTreeMap, HashMap};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use longhaul_common::chain;
+use longhaul_common::config::DestConfig;
+use longhaul_common::description::Description;
+use longhaul_common::host::Capabilities;
+use longhaul_common::journal::{Journal, is_migration_id};
+use longhaul_common::layers::LayerDigests;
+use longhaul_common::obstacle::Obstacle;
+use longhaul_common::tls::PeerIdentity;
+use longhaul_common::wire::{WireError, tree_item};
+use longhaul_proto::peer;
+use longhaul_proto::peer::destination_message::Message as Reply;
+use longhaul_proto::peer::image_message::Message as ImagePart;
+use longhaul_proto::peer::peer_server::Peer;
+use longhaul_proto::peer::source_message::Message as Request;
+use longhaul_proto::peer::tree_message::Message as TreePart;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Response, Status, Streaming};
+use tracing::Instrument;
+
+use crate::arrival::{Arrival, ArrivalError, Record, RecordPhase, Timings};
+use crate::preflight::{self, Findings};
+
+/// How long a source may be silent before its migration is undone. It sends a heartbeat every 100 ms while frozen and
+/// every second otherwise.
+const SILENCE_DEADLINE: Duration = Duration::from_secs(10);
+/// Messages between the network and the thread that applies them, each at most a data item of 256 KiB.
+const QUEUE: usize = 32;
+
+/// The service.
+pub struct PeerService {
+    config: Arc<DestConfig>,
+    capabilities: Capabilities,
+    journal: Journal,
+    digests: Arc<LayerDigests>,
+    arrivals: Arc<Mutex<HashMap<String, Arc<Arrival>>>>,
+}
+
+impl PeerService {
+    /// A service that takes migrations in.
+    pub fn new(config: Arc<DestConfig>, journal: Journal) -> Self {
+        let capabilities = Capabilities::of_this_host(&config.engine);
+        let digests = Arc::new(LayerDigests::open(&config.paths.state));
+        Self { config, capabilities, journal, digests, arrivals: Arc::default() }
+    }
+
+    /// Undoes every migration that has not committed: the agent is about to end.
+    pub fn arrivals(&self) -> Arc<Mutex<HashMap<String, Arc<Arrival>>>> {
+        self.arrivals.clone()
+    }
+
+    /// Only hosts on the allow-list get further than the handshake.
+    fn admit<T>(&self, request: &tonic::Request<T>) -> Result<PeerIdentity, Status> {
+        let Some(identity) = request.extensions().get::<PeerIdentity>() else {
+            return Err(Status::unauthenticated("the connection has no identity"));
+        };
+        if identity.names.iter().any(|name| self.config.allow.contains(name)) {
+            return Ok(identity.clone());
+        }
+        let names = identity.names.join(", ");
+        tracing::warn!(names, peer = %identity.address, "refused a host that is not on the allow-list");
+        Err(Status::permission_denied(format!(
+            "{names} is not on the allow-list of {}: add it to `allow` in its dest.toml and restart its agent",
+            self.capabilities.host
+        )))
+    }
+
+    fn find(&self, migration: &str, peer: &PeerIdentity) -> Result<Arc<Arrival>, Status> {
+        let arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+        arrivals
+            .get(migration)
+            .filter(|arrival| arrival.peer == peer.names)
+            .cloned()
+            .ok_or_else(|| Status::failed_precondition("there is no such migration under way from this host"))
+    }
+}
+
+type Replies = Pin<Box<dyn tokio_stream::Stream<Item = Result<peer::DestinationMessage, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Peer for PeerService {
+    type SessionStream = Replies;
+
+    async fn hello(
+        &self,
+        request: tonic::Request<peer::HelloRequest>,
+    ) -> Result<Response<peer::HelloReply>, Status> {
+        self.admit(&request)?;
+        Ok(Response::new(peer::HelloReply { destination: Some(self.capabilities.clone().into()) }))
+    }
+
+    async fn session(
+        &self,
+        request: tonic::Request<Streaming<peer::SourceMessage>>,
+    ) -> Result<Response<Replies>, Status> {
+        let identity = self.admit(&request)?;
+        let (replies, receiver) = mpsc::channel(QUEUE);
+        let session = Session {
+            config: self.config.clone(),
+            journal: self.journal.clone(),
+            digests: self.digests.clone(),
+            arrivals: self.arrivals.clone(),
+            identity,
+            replies,
+        };
+        tokio::spawn(session.run(request.into_inner()));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn push_tree(
+        &self,
+        request: tonic::Request<Streaming<peer::TreeMessage>>,
+    ) -> Result<Response<peer::PushReply>, Status> {
+        let identity = self.admit(&request)?;
+        let mut stream = request.into_inner();
+        let Some(TreePart::Start(start)) = stream.message().await?.and_then(|message| message.message) else {
+            return Err(Status::invalid_argument("a tree stream begins with its start message"));
+        };
+        let arrival = self.find(&start.migration_id, &identity)?;
+        let (send, mut receive) = mpsc::channel::<Result<TreePart, ArrivalError>>(QUEUE);
+        let applier = arrival.clone();
+        let applied = tokio::task::spawn_blocking(move || {
+            let items = std::iter::from_fn(|| receive.blocking_recv())
+                .map(|part| part.and_then(|part| tree_item(part).map_err(ArrivalError::from)));
+            applier.apply_pass(start.tree, items)
+        });
+        let mut ended = false;
+        while let Some(message) = stream.message().await? {
+            let Some(part) = message.message else {
+                return Err(Status::invalid_argument(WireError::Empty("tree").to_string()));
+            };
+            if let TreePart::End(_) = part {
+                ended = true;
+                break;
+            }
+            // A closed channel: applying failed, and its error comes below.
+            if send.send(Ok(part)).await.is_err() {
+                break;
+            }
+        }
+        if !ended && !send.is_closed() {
+            let _ = send.send(Err(WireError::Truncated("tree").into())).await;
+        }
+        drop(send);
+        let (items, bytes) = applied.await.map_err(|_| Status::internal("the writing thread panicked"))?.map_err(refuse)?;
+        Ok(Response::new(peer::PushReply { items, bytes }))
+    }
+
+    async fn push_images(
+        &self,
+        request: tonic::Request<Streaming<peer::ImageMessage>>,
+    ) -> Result<Response<peer::PushReply>, Status> {
+        let identity = self.admit(&request)?;
+        let mut stream = request.into_inner();
+        let Some(ImagePart::Start(start)) = stream.message().await?.and_then(|message| message.message) else {
+            return Err(Status::invalid_argument("an image stream begins with its start message"));
+        };
+        let arrival = self.find(&start.migration_id, &identity)?;
+        let mut writer = arrival.image_writer().map_err(refuse)?;
+        // Written by this task: a chunk goes to memory in less time than a hand-over to another thread takes.
+        while let Some(message) = stream.message().await? {
+            match message.message {
+                Some(ImagePart::Chunk(chunk)) => writer.chunk(&chunk).map_err(|error| refuse(error.into()))?,
+                Some(ImagePart::Close(close)) => writer.close(&close).map_err(|error| refuse(error.into()))?,
+                Some(ImagePart::End(end)) => {
+                    let (items, bytes) = writer.finish(end.files).map_err(|error| refuse(error.into()))?;
+                    arrival.images_arrived(items);
+                    return Ok(Response::new(peer::PushReply { items, bytes }));
+                }
+                Some(ImagePart::Start(_)) => return Err(Status::invalid_argument("a second start in an image stream")),
+                None => return Err(Status::invalid_argument(WireError::Empty("image").to_string())),
+            }
+        }
+        Err(Status::invalid_argument(WireError::Truncated("image").to_string()))
+    }
+
+    async fn outcome(
+        &self,
+        request: tonic::Request<peer::OutcomeRequest>,
+    ) -> Result<Response<peer::OutcomeReply>, Status> {
+        self.admit(&request)?;
+        let asked = request.into_inner();
+        if !is_migration_id(&asked.migration_id) {
+            return Err(Status::invalid_argument("that is no migration's id"));
+        }
+        let live = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner).get(&asked.migration_id).cloned();
+        let outcome = match (live, self.journal.read::<Record>(&asked.migration_id)) {
+            (_, Some(Record { phase: RecordPhase::Committed, .. })) => peer::Outcome::Committed,
+            // The source asks because it lost us: what is not committed by now is undone before the answer.
+            (Some(arrival), _) => {
+                arrival.abort("the source asked for the outcome before it had committed").await;
+                if arrival.is_committed().await { peer::Outcome::Committed } else { peer::Outcome::Aborted }
+            }
+            (None, Some(Record { phase: RecordPhase::Aborted, .. })) => peer::Outcome::Aborted,
+            (None, _) => {
+                let record = Record {
+                    container: String::new(),
+                    epoch: asked.epoch,
+                    phase: RecordPhase::Aborted,
+                    made: crate::staging::Made::default(),
+                };
+                // Durable before it is said: this epoch is refused from now on.
+                self.journal
+                    .write(&asked.migration_id, &record)
+                    .map_err(|error| Status::unavailable(chain(&error)))?;
+                peer::Outcome::Aborted
+            }
+        };
+        Ok(Response::new(peer::OutcomeReply { outcome: outcome.into() }))
+    }
+}
+
+impl From<WireError> for ArrivalError {
+    fn from(error: WireError) -> Self {
+        Self::Staging(crate::staging::StagingError::Path {
+            operation: "read what was sent for",
+            path: "the migration".into(),
+            source: std::io::Error::new(std::io::ErrorKind::InvalidData, error),
+        })
+    }
+}
+
+fn refuse(error: ArrivalError) -> Status {
+    tracing::warn!(error = chain(&error), "refused what a peer pushed");
+    Status::invalid_argument(chain(&error))
+}
+
+/// One control stream.
+struct Session {
+    config: Arc<DestConfig>,
+    journal: Journal,
+    digests: Arc<LayerDigests>,
+    arrivals: Arc<Mutex<HashMap<String, Arc<Arrival>>>>,
+    identity: PeerIdentity,
+    replies: mpsc::Sender<Result<peer::DestinationMessage, Status>>,
+}
+
+impl Session {
+    async fn run(self, mut stream: Streaming<peer::SourceMessage>) {
+        let offer = match next(&mut stream).await {
+            Ok(Request::Offer(offer)) => offer,
+            Ok(_) => return self.fail("a session begins with an offer").await,
+            Err(reason) => return self.fail(&reason).await,
+        };
+        let span = tracing::info_span!("migration", id = offer.migration_id);
+        self.follow(offer, stream).instrument(span).await;
+    }
+
+    async fn follow(self, offer: peer::Offer, mut stream: Streaming<peer::SourceMessage>) {
+        let arrival = match self.consider(offer).await {
+            Ok(Some(arrival)) => arrival,
+            Ok(None) => return,
+            Err(reason) => return self.fail(&reason).await,
+        };
+        let outcome = self.steps(&arrival, &mut stream).await;
+        if let Err(reason) = outcome {
+            arrival.abort(&reason).await;
+            self.fail(&reason).await;
+        }
+        self.arrivals.lock().unwrap_or_else(PoisonError::into_inner).remove(&arrival.migration);
+    }
+
+    /// Answers an offer. Nothing if it was refused, or only asked for.
+    async fn consider(&self, offer: peer::Offer) -> Result<Option<Arc<Arrival>>, String> {
+        if !is_migration_id(&offer.migration_id) {
+            return Err(format!("{:?} is no migration id", offer.migration_id.chars().take(80).collect::<String>()));
+        }
+        if self.journal.read::<Record>(&offer.migration_id).is_some() {
+            return Err(format!("migration {} was refused or ended here before", offer.migration_id));
+        }
+        let container = Description::from_json(&offer.description).map_err(|error| chain(&error))?;
+        let mut findings = preflight::examine(&self.config, &self.digests, &container).await;
+        self.claim(&container, &mut findings);
+        let accepted = findings.obstacles.is_empty() && !offer.dry_run;
+        tracing::info!(container = container.id, obstacles = findings.obstacles.len(), dry_run = offer.dry_run, "offered");
+        let arrival = Arc::new(Arrival::new(
+            self.config.clone(),
+            self.journal.clone(),
+            offer.migration_id.clone(),
+            offer.epoch,
+            container,
+            &findings,
+            self.identity.names.clone(),
+        ));
+        if accepted {
+            let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+            if arrivals.contains_key(&offer.migration_id) {
+                return Err(format!("migration {} is under way here already", offer.migration_id));
+            }
+            arrivals.insert(offer.migration_id, arrival.clone());
+        }
+        let obstacles = findings.obstacles.into_iter().map(Into::into).collect();
+        self.say(Reply::Verdict(peer::Verdict { obstacles, missing_layers: findings.missing_layers })).await;
+        Ok(accepted.then_some(arrival))
+    }
+
+    /// Two containers of one name, or for one address, must not arrive at once.
+    fn claim(&self, container: &Description, findings: &mut Findings) {
+        let arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+        if arrivals.values().any(|other| other.container.id == container.id) {
+            findings.obstacles.push(Obstacle::new(
+                format!("container {}", container.id),
+                "another migration of this name is arriving at the destination",
+                "wait for it: `migrate status` on its source",
+            ));
+        }
+    }
+
+    /// Message by message; an error text ends the migration.
+    async fn steps(&self, arrival: &Arrival, stream: &mut Streaming<peer::SourceMessage>) -> Result<(), String> {
+        loop {
+            match next(stream).await? {
+                Request::Heartbeat(_) => self.say(Reply::Heartbeat(peer::Heartbeat {})).await,
+                Request::Prepare(_) => {
+                    arrival.prepare().await.map_err(|error| chain(&error))?;
+                    self.say(Reply::Prepared(peer::Prepared {})).await;
+                }
+                Request::Arm(arm) => {
+                    arrival.arm(&arm.descriptors).await.map_err(|error| chain(&error))?;
+                    self.say(Reply::Armed(peer::Armed {})).await;
+                }
+                Request::Restore(restore) => {
+                    let timings = arrival.restore(restore.image_files).await.map_err(|error| chain(&error))?;
+                    self.say(Reply::Restored(peer::Restored { timings: wire_timings(timings) })).await;
+                }
+                Request::Commit(commit) => {
+                    let timings = arrival.commit(commit.epoch).await.map_err(|error| chain(&error))?;
+                    tracing::info!(container = arrival.container.id, "the container runs here now");
+                    let committed = peer::Committed { epoch: commit.epoch, timings: wire_timings(timings) };
+                    self.say(Reply::Committed(committed)).await;
+                    return Ok(());
+                }
+                Request::Abort(abort) => return Err(format!("the source gave up: {}", abort.reason)),
+                Request::Offer(_) => return Err("a second offer in one session".to_owned()),
+            }
+        }
+    }
+
+    async fn say(&self, message: Reply) {
+        // A source that is gone shows at the next read.
+        let _ = self.replies.send(Ok(peer::DestinationMessage { message: Some(message) })).await;
+    }
+
+    async fn fail(&self, reason: &str) {
+        tracing::warn!(reason, "migration failed");
+        self.say(Reply::Failed(peer::Failed { error: reason.to_owned() })).await;
+    }
+}
+
+async fn next(stream: &mut Streaming<peer::SourceMessage>) -> Result<Request, String> {
+    match tokio::time::timeout(SILENCE_DEADLINE, stream.message()).await {
+        Err(_) => Err(format!("the source was silent for {} s", SILENCE_DEADLINE.as_secs())),
+        Ok(Err(status)) => Err(format!("the connection to the source broke: {}", status.message())),
+        Ok(Ok(None)) => Err("the source ended its session".to_owned()),
+        Ok(Ok(Some(message))) => message.message.ok_or_else(|| WireError::Empty("control").to_string()),
+    }
+}
+
+fn wire_timings(timings: Timings) -> Vec<peer::Timing> {
+    let mut merged: BTreeMap<&str, u64> = BTreeMap::new();
+    for (name, duration) in timings {
+        *merged.entry(name).or_default() += u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+    }
+    merged.into_iter().map(|(name, micros)| peer::Timing { name: name.to_owned(), micros }).collect()
+}

@@ -1,0 +1,333 @@
+//! Every path, mount and interface made for an arriving container, and taking them away again.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use longhaul_common::config::Paths;
+use longhaul_common::description::{Description, Network, Rootfs, TreeRole};
+use longhaul_common::moved::Moved;
+use longhaul_common::net::{self, BuiltNamespace, NetError};
+use longhaul_common::tree::TreeKind;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::preflight::{Findings, written_paths};
+
+/// Where layers that were sent are kept, by digest.
+pub fn layer_store(paths: &Paths) -> PathBuf {
+    paths.state.join("layers")
+}
+
+/// A step of staging that failed.
+#[derive(Debug, Error)]
+pub enum StagingError {
+    /// A path.
+    #[error("can't {operation} {path}")]
+    Path {
+        /// What was tried.
+        operation: &'static str,
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The network.
+    #[error("can't rebuild the container's network")]
+    Network(#[from] NetError),
+}
+
+fn path_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StagingError {
+    let path = path.to_owned();
+    move |source| StagingError::Path { operation, path, source }
+}
+
+/// Where a tree that is pushed goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// The directory it is written beneath.
+    pub root: PathBuf,
+    /// How it is written.
+    pub kind: TreeKind,
+    /// The one name that may be written, where the tree is a single file.
+    pub only: Option<Vec<u8>>,
+    /// The digest it must have in the end, where it is a layer.
+    pub digest: Option<String>,
+}
+
+/// What was made, in the order it was made: enough to take it away after the agent was killed.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Made {
+    /// Directories and files to remove.
+    pub paths: Vec<PathBuf>,
+    /// Mounts to undo, before the paths.
+    pub mounts: Vec<PathBuf>,
+    /// The memory directory of images and sockets.
+    pub run: PathBuf,
+}
+
+/// One arrival's paths.
+#[derive(Debug)]
+pub struct Staging {
+    /// What will have to be taken away if it does not stay.
+    pub made: Made,
+    /// Where the trees go, by their number; nothing for a layer that is here already.
+    pub targets: Vec<Option<Target>>,
+    /// The rebuilt network.
+    pub network: Option<BuiltNamespace>,
+    /// Where layers are here, topmost first.
+    layers: Vec<PathBuf>,
+}
+
+impl Staging {
+    /// Plans an arrival: nothing is touched yet.
+    pub fn plan(paths: &Paths, migration: &str, container: &Description, findings: &Findings) -> Self {
+        let store = layer_store(paths);
+        let mut layers = Vec::new();
+        let targets = container
+            .trees()
+            .into_iter()
+            .map(|tree| {
+                let root = PathBuf::from(&tree.path);
+                match tree.role {
+                    TreeRole::Upper => Some(Target { root, kind: TreeKind::Upper, only: None, digest: None }),
+                    TreeRole::Plain | TreeRole::Volume => {
+                        Some(Target { root, kind: TreeKind::Plain, only: None, digest: None })
+                    }
+                    TreeRole::File => {
+                        let only = root.file_name().map(|name| std::os::unix::ffi::OsStrExt::as_bytes(name).to_vec());
+                        let root = root.parent().unwrap_or(Path::new("/")).to_owned();
+                        Some(Target { root, kind: TreeKind::Plain, only, digest: None })
+                    }
+                    TreeRole::Layer(index) => {
+                        let digest = lower_digest(container, index);
+                        if let Some(here) = findings.layers.get(&digest) {
+                            layers.push(here.clone());
+                            return None;
+                        }
+                        layers.push(store.join(&digest));
+                        let root = store.join(format!("{digest}.{migration}.partial"));
+                        // A lower layer may hold whiteouts of those below it.
+                        Some(Target { root, kind: TreeKind::Upper, only: None, digest: Some(digest) })
+                    }
+                }
+            })
+            .collect();
+        let made = Made { run: paths.run.join("dest").join(migration), ..Made::default() };
+        Self { made, targets, network: None, layers }
+    }
+
+    /// What will be made, for the journal, before it is made.
+    pub fn intent(&self, container: &Description) -> Made {
+        let mut made = self.made.clone();
+        made.paths = written_paths(container).into_iter().map(PathBuf::from).collect();
+        let partials = self.targets.iter().flatten().filter(|target| target.digest.is_some());
+        made.paths.extend(partials.map(|target| target.root.clone()));
+        made.mounts.extend(self.mount_point(container));
+        made
+    }
+
+    fn mount_point(&self, container: &Description) -> Option<PathBuf> {
+        match &container.rootfs {
+            Rootfs::Overlay { merged, .. } => Some(PathBuf::from(merged)),
+            Rootfs::Plain { .. } => Some(self.root_bind()),
+        }
+    }
+
+    /// Makes directories, the bundle and the quiet network. The stale copy of an earlier stay gives way.
+    pub fn prepare(
+        &mut self,
+        container: &Description,
+        bridges: &BTreeMap<String, String>,
+    ) -> Result<(), StagingError> {
+        if let Some(stale) = Moved::read(Path::new(&container.bundle)) {
+            for path in written_paths(container).iter().map(Path::new).filter(|path| stale.covers(&container.id, path)) {
+                remove_path(path);
+            }
+            // The bundle itself goes last: while it stands, so does the mark that says what may be replaced.
+        }
+        for path in written_paths(container) {
+            self.made.paths.push(path.into());
+        }
+        self.make_dir(Path::new(&container.bundle), 0o711)?;
+        if let Rootfs::Overlay { merged, upper, work, .. } = &container.rootfs {
+            for dir in [merged, upper, work] {
+                self.make_dir(Path::new(dir), 0o755)?;
+            }
+        }
+        let roots: Vec<PathBuf> = self.targets.iter().flatten().map(|target| target.root.clone()).collect();
+        for root in roots {
+            self.make_dir(&root, 0o755)?;
+        }
+        for target in self.targets.iter().flatten().filter(|target| target.digest.is_some()) {
+            self.made.paths.push(target.root.clone());
+        }
+        let config = Path::new(&container.bundle).join("config.json");
+        fs::write(&config, &container.config).map_err(path_error("write", &config))?;
+        let images = self.images();
+        fs::create_dir_all(&images).map_err(path_error("create", &images))?;
+        fs::create_dir_all(self.work()).map_err(path_error("create", &self.work()))?;
+        if let Network::Own { path, namespace } = &container.network {
+            let built = net::build(namespace, bridges)?;
+            if let Some(path) = path {
+                self.pin(&built, Path::new(path))?;
+            }
+            self.network = Some(built);
+        }
+        Ok(())
+    }
+
+    /// Keeps a namespace under the name the container's configuration gives it.
+    fn pin(&mut self, built: &BuiltNamespace, path: &Path) -> Result<(), StagingError> {
+        use std::os::fd::{AsFd, AsRawFd};
+        if let Some(dir) = path.parent() {
+            fs::create_dir_all(dir).map_err(path_error("create", dir))?;
+        }
+        fs::File::create(path).map_err(path_error("create", path))?;
+        self.made.paths.push(path.to_owned());
+        let source = format!("/proc/self/fd/{}", built.netns.as_fd().as_raw_fd());
+        mount(Some(source.as_str()), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+            .map_err(|errno| path_error("pin the network namespace at", path)(errno.into()))?;
+        self.made.mounts.push(path.to_owned());
+        Ok(())
+    }
+
+    fn make_dir(&mut self, path: &Path, mode: u32) -> Result<(), StagingError> {
+        use std::os::unix::fs::DirBuilderExt;
+        fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(path_error("create", path))
+    }
+
+    /// Puts a memory filesystem where an overlay will be: the runtime, started early, makes its mount points there.
+    pub fn mount_placeholder(&mut self, container: &Description) -> Result<(), StagingError> {
+        let Rootfs::Overlay { merged, .. } = &container.rootfs else { return Ok(()) };
+        mount(Some("tmpfs"), merged.as_str(), Some("tmpfs"), MsFlags::empty(), Some("size=1m,mode=755"))
+            .map_err(|errno| path_error("mount a placeholder on", Path::new(merged))(errno.into()))?;
+        self.made.mounts.push(merged.into());
+        Ok(())
+    }
+
+    /// Mounts the root filesystem, complete now, and returns the mount CRIU makes the container's root of.
+    pub fn mount_root(&mut self, container: &Description) -> Result<PathBuf, StagingError> {
+        match &container.rootfs {
+            Rootfs::Overlay { merged, upper, work, options, .. } => {
+                unmount(Path::new(merged));
+                let lowers: Vec<String> = self.layers.iter().map(|layer| layer.display().to_string()).collect();
+                let mut data = format!("lowerdir={},upperdir={upper},workdir={work}", lowers.join(":"));
+                for option in options {
+                    data.push(',');
+                    data.push_str(option);
+                }
+                mount(Some("overlay"), merged.as_str(), Some("overlay"), MsFlags::empty(), Some(data.as_str()))
+                    .map_err(|errno| path_error("mount the overlay on", Path::new(merged))(errno.into()))?;
+                Ok(merged.into())
+            }
+            Rootfs::Plain { path } => {
+                // CRIU wants a mount point.
+                let bind = self.root_bind();
+                fs::create_dir_all(&bind).map_err(path_error("create", &bind))?;
+                mount(Some(path.as_str()), &bind, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
+                    .map_err(|errno| path_error("bind", &bind)(errno.into()))?;
+                self.made.mounts.push(bind.clone());
+                Ok(bind)
+            }
+        }
+    }
+
+    /// Where CRIU will find the root, before it is mounted.
+    pub fn root(&self, container: &Description) -> PathBuf {
+        match &container.rootfs {
+            Rootfs::Overlay { merged, .. } => merged.into(),
+            Rootfs::Plain { .. } => self.root_bind(),
+        }
+    }
+
+    fn root_bind(&self) -> PathBuf {
+        self.made.run.join("root")
+    }
+
+    /// CRIU's images.
+    pub fn images(&self) -> PathBuf {
+        self.made.run.join("images")
+    }
+
+    /// CRIU's work directory: its log.
+    pub fn work(&self) -> PathBuf {
+        self.made.run.join("work")
+    }
+
+    /// Takes everything away.
+    pub fn undo(mut self) {
+        if let Some(network) = self.network.take() {
+            remove_ports(&network);
+        }
+        undo(&self.made);
+    }
+
+    /// The container stays: only what was needed for the way goes.
+    pub fn settle(mut self, container: &Description) {
+        if matches!(container.rootfs, Rootfs::Plain { .. }) {
+            unmount(&self.root_bind());
+        }
+        remove_run(&self.made.run);
+        Moved::clear(Path::new(&container.bundle));
+        // The namespace lives on in the container's tasks.
+        self.network = None;
+    }
+}
+
+fn lower_digest(container: &Description, index: usize) -> String {
+    match &container.rootfs {
+        Rootfs::Overlay { lowers, .. } => lowers.get(index).map(|layer| layer.digest.clone()).unwrap_or_default(),
+        Rootfs::Plain { .. } => String::new(),
+    }
+}
+
+/// Removed by name: a namespace that ends takes its interfaces along only some time later.
+fn remove_ports(network: &BuiltNamespace) {
+    for port in &network.ports {
+        if let Err(error) = port.remove() {
+            tracing::debug!(port = port.name, %error, "an interface was gone already");
+        }
+    }
+}
+
+/// Takes away what a record says was made. What is not there is fine.
+pub fn undo(made: &Made) {
+    for path in made.mounts.iter().rev() {
+        unmount(path);
+    }
+    // A directory that the container's owner made, empty, for a volume or a log goes too: nothing of ours stays.
+    for path in made.paths.iter().rev() {
+        remove_path(path);
+    }
+    remove_run(&made.run);
+}
+
+/// Removes the memory directory, but never through a bind mount that would not go: behind it is a root filesystem.
+fn remove_run(run: &Path) {
+    let bind = run.join("root");
+    if bind.exists() && fs::remove_dir(&bind).is_err() {
+        tracing::warn!(path = %bind.display(), "still mounted; left in place");
+        return;
+    }
+    remove_path(run);
+}
+
+fn unmount(path: &Path) {
+    while umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
+}
+
+/// Removes a file or a tree, never what another filesystem mounted below holds.
+fn remove_path(path: &Path) {
+    let removed = match path.symlink_metadata() {
+        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(_) => Ok(()),
+    };
+    if let Err(error) = removed {
+        tracing::warn!(path = %path.display(), %error, "can't remove what an arrival left");
+    }
+}
