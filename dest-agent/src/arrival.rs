@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use longhaul_common::config::DestConfig;
+use longhaul_common::criu::keep_logs;
 use longhaul_common::description::Description;
 use longhaul_common::journal::{Journal, JournalError};
 use longhaul_common::layers::LayerDigests;
@@ -264,6 +265,10 @@ impl Arrival {
             }
             Err(error) => {
                 armed.kill().await;
+                match keep_logs(&staging.work(), &self.config.paths.state, &self.migration) {
+                    Ok(kept) => tracing::warn!(logs = %kept.display(), "the restore failed; its logs are kept"),
+                    Err(error) => tracing::warn!(%error, "can't keep the logs of the failed restore"),
+                }
                 self.clean(staging).await;
                 Err(error)
             }

@@ -4,6 +4,7 @@
 //! own. Agents, runtimes and CRIU run in them unmodified. Nothing outside the namespaces is touched but the
 //! image cache and the lab's own state directories.
 
+pub mod agents;
 pub mod cgroup;
 pub mod container;
 pub mod enter;

@@ -64,7 +64,8 @@ fn serve(runtime: &Rpc, criu: &Path, socket: &Path) -> io::Result<ExitCode> {
         runtime.send(&refusal.encode_to_vec(), None)?;
         return Ok(ExitCode::FAILURE);
     };
-    rpc.send(&with_addition(request, &decoded, prepare.addition.clone()), None)?;
+    let dirs = Directories::take_over(&decoded)?;
+    rpc.send(&with_addition(request, &decoded, prepare.addition.clone(), &dirs), None)?;
     let outcome = relay(runtime, &rpc, &mut agent, &prepare.held);
     drop(rpc);
     outcome?;
@@ -127,14 +128,36 @@ fn finish(child: &mut Child) -> io::Result<ExitCode> {
 }
 
 /// The runtime's request with the agent's options appended.
-fn with_addition(mut request: Vec<u8>, decoded: &Request, addition: Option<Options>) -> Vec<u8> {
-    if let Some(mut options) = addition {
-        // Required in CRIU's schema, so an addition without it would not parse.
-        options.images_dir_fd = decoded.options.as_ref().and_then(|options| options.images_dir_fd);
-        let addition = Request { kind: decoded.kind, options: Some(options), notify_success: None };
-        request.extend(addition.encode_to_vec());
-    }
+fn with_addition(
+    mut request: Vec<u8>,
+    decoded: &Request,
+    addition: Option<Options>,
+    dirs: &Directories,
+) -> Vec<u8> {
+    let mut options = addition.unwrap_or_default();
+    options.images_dir_fd = dirs.images.as_ref().map(AsRawFd::as_raw_fd);
+    options.work_dir_fd = dirs.work.as_ref().map(AsRawFd::as_raw_fd);
+    let addition = Request { kind: decoded.kind, options: Some(options), notify_success: None };
+    request.extend(addition.encode_to_vec());
     request
+}
+
+/// The directories a request names by number. CRIU opens them in the descriptor table of its socket's peer
+/// (`setup_opts_from_req` in criu/cr-service.c), which is this process and not the runtime.
+struct Directories {
+    images: Option<OwnedFd>,
+    work: Option<OwnedFd>,
+}
+
+impl Directories {
+    fn take_over(request: &Request) -> io::Result<Self> {
+        let options = request.options.clone().unwrap_or_default();
+        let runtime = nix::unistd::getppid();
+        let open = |fd: Option<i32>| {
+            fd.map(|fd| std::fs::File::open(format!("/proc/{runtime}/fd/{fd}")).map(OwnedFd::from)).transpose()
+        };
+        Ok(Self { images: open(options.images_dir_fd)?, work: open(options.work_dir_fd)? })
+    }
 }
 
 /// Starts `criu swrk` on a socket pair of its own. Descriptors the runtime passed are inherited as they are.

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub mod hold;
 pub mod rpc;
@@ -23,6 +23,27 @@ pub fn failure_of(log: &Path) -> Option<String> {
         .take(2)
         .collect();
     (!errors.is_empty()).then(|| errors.join("; "))
+}
+
+/// Failed migrations whose logs are kept.
+const KEPT_LOGS: usize = 20;
+
+/// Keeps the logs of a failure where a person finds them, `<state>/failed/<migration>`, and returns that directory.
+pub fn keep_logs(work: &Path, state: &Path, migration: &str) -> io::Result<PathBuf> {
+    let all = state.join("failed");
+    let kept = all.join(migration);
+    std::fs::create_dir_all(&kept)?;
+    for entry in std::fs::read_dir(work)?.flatten() {
+        if entry.path().extension().is_some_and(|extension| extension == "log") {
+            std::fs::copy(entry.path(), kept.join(entry.file_name()))?;
+        }
+    }
+    let mut others: Vec<_> = std::fs::read_dir(&all)?.flatten().collect();
+    others.sort_by_key(|entry| entry.metadata().and_then(|metadata| metadata.modified()).ok());
+    for old in others.iter().take(others.len().saturating_sub(KEPT_LOGS)) {
+        std::fs::remove_dir_all(old.path())?;
+    }
+    Ok(kept)
 }
 
 /// A `PATH` on which `criu` is the hold, by a link in `dir`.

@@ -41,7 +41,7 @@ pub struct Request {
 /// The fields of `criu_opts` that Longhaul adds to what a runtime asks for.
 #[derive(Clone, PartialEq, Message)]
 pub struct Options {
-    /// Required by CRIU's schema; in an addition it repeats what the runtime sent.
+    /// The images, by number in the descriptor table of the socket's peer. Required by CRIU's schema.
     #[prost(int32, optional, tag = "1")]
     pub images_dir_fd: Option<i32>,
     /// Established TCP connections come along.
@@ -56,6 +56,9 @@ pub struct Options {
     /// The mount that becomes the container's root.
     #[prost(string, optional, tag = "13")]
     pub root: Option<String>,
+    /// Where CRIU logs, by number in the descriptor table of the socket's peer.
+    #[prost(int32, optional, tag = "17")]
+    pub work_dir_fd: Option<i32>,
     /// An unlinked but open file with other names is kept by a temporary link.
     #[prost(bool, optional, tag = "18")]
     pub link_remap: Option<bool>,

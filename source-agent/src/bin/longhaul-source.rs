@@ -1,2 +1,118 @@
-//! x
-fn main() {}
+//! The source agent.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use longhaul_common::config::{self, SourceConfig};
+use longhaul_common::host::Capabilities;
+use longhaul_common::journal::Journal;
+use longhaul_common::layers::LayerDigests;
+use longhaul_common::telemetry;
+use longhaul_common::tls::Identity;
+use longhaul_source::jobs::Jobs;
+use longhaul_source::migration::Env;
+use longhaul_source::record;
+use longhaul_source::service::AgentService;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+
+/// How long migrations that have committed may take to end after the agent was told to.
+const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Moves containers of this host to other hosts, as `migrate` asks.
+#[derive(Parser)]
+#[command(name = "longhaul-source", version)]
+struct Cli {
+    /// Configuration file [default: /etc/longhaul/source.toml]
+    #[arg(long)]
+    config: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    telemetry::init();
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[tokio::main]
+async fn run(cli: &Cli) -> Result<()> {
+    let path = cli.config.clone().unwrap_or_else(|| config::SOURCE_FILE.into());
+    let config: SourceConfig = config::load(&path, cli.config.is_some())?;
+    let identity = Identity::load(&config.tls)?;
+    std::fs::create_dir_all(&config.paths.run).with_context(|| format!("create {}", config.paths.run.display()))?;
+    let memory = longhaul_common::memory_dir::mount(&config.paths.run.join("source"))?;
+    let journal = Journal::open(config.paths.state.join("source"))?;
+    let in_doubt = record::recover(&journal).await;
+    let socket = config.socket.clone().unwrap_or_else(|| config::AGENT_SOCKET.into());
+    let env = Arc::new(Env {
+        capabilities: Capabilities::of_this_host(&config.engine),
+        digests: LayerDigests::open(&config.paths.state),
+        config,
+        identity,
+        journal,
+    });
+    let jobs = Arc::new(Jobs::default());
+    let _ = in_doubt;
+    let listener = listen(&socket)?;
+    let server = tonic::transport::Server::builder()
+        .add_service(longhaul_proto::agent_server(AgentService::new(env, jobs.clone())))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
+            told_to_end().await;
+            tracing::info!("ending: migrations that have not committed are cancelled");
+            for job in jobs.all_running() {
+                job.cancel.cancel();
+            }
+        });
+    tracing::info!(socket = %socket.display(), "ready");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tokio::select! {
+        served = server => served.context("serve")?,
+        () = async { told_to_end().await; tokio::time::sleep(SHUTDOWN_DEADLINE).await } => {
+            tracing::warn!("commands were still connected at the deadline");
+        }
+    }
+    while !jobs.all_running().is_empty() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let _ = std::fs::remove_file(&socket);
+    drop(memory);
+    Ok(())
+}
+
+/// Root alone may ask for migrations.
+fn listen(socket: &Path) -> Result<UnixListener> {
+    if let Some(dir) = socket.parent() {
+        std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    }
+    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+        anyhow::bail!("another source agent answers at {}", socket.display());
+    }
+    let _ = std::fs::remove_file(socket);
+    let listener = UnixListener::bind(socket).with_context(|| format!("listen at {}", socket.display()))?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+async fn told_to_end() {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+}

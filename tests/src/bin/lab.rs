@@ -8,7 +8,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use longhaul_lab::container::{ContainerSpec, Rootfs};
 use longhaul_lab::lab::Lab;
-use longhaul_lab::{enter, host_init, machine};
+use longhaul_lab::{agents, enter, host_init, machine};
 
 #[derive(Parser)]
 #[command(name = "cargo lab", about = "Two real hosts on one machine: demo, tests, benchmarks", version)]
@@ -91,7 +91,12 @@ fn run(command: Command) -> Result<i32> {
             machine::check()?;
             machine::install_tools()?;
             Lab::sweep();
-            let lab = Lab::up_detached("lab", hosts)?;
+            agents::build()?;
+            let mut lab = Lab::up_detached("lab", hosts)?;
+            if let Err(error) = agents::install(&lab) {
+                lab.down();
+                return Err(error);
+            }
             for host in &lab.hosts {
                 println!("{}\t{}", host.name, host.address);
             }

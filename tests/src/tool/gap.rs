@@ -39,7 +39,7 @@ impl GapMeter {
 
     /// The longest silence in milliseconds.
     pub(crate) fn longest_ms(&self) -> f64 {
-        (self.longest.as_secs_f64() * 1e6).round() / 1e3
+        milliseconds(self.longest)
     }
 
     /// When the longest silence ended, in milliseconds since 1970; 0 if there was none.
@@ -53,8 +53,12 @@ impl GapMeter {
             self.at_unix_ms = report::unix_ms();
         }
         if self.events && gap > EVENT_AFTER {
-            let gap_ms = gap.as_secs_f64() * 1e3;
-            eprintln!("{}", serde_json::json!({"gap_ms": gap_ms, "over_unix_ms": report::unix_ms()}));
+            eprintln!("{}", serde_json::json!({"gap_ms": milliseconds(gap), "over_unix_ms": report::unix_ms()}));
         }
     }
+}
+
+/// Milliseconds with three decimals.
+fn milliseconds(span: Duration) -> f64 {
+    (span.as_secs_f64() * 1e6).round() / 1e3
 }

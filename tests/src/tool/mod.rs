@@ -2,8 +2,8 @@
 #![deny(unsafe_code)]
 
 pub(crate) mod check;
-pub(crate) mod gap;
 pub(crate) mod game;
+pub(crate) mod gap;
 pub(crate) mod histogram;
 pub(crate) mod hold;
 pub(crate) mod idle;

@@ -202,7 +202,12 @@ fn write_all(stream: &mut TcpStream, mut bytes: &[u8], counters: &Counters) -> a
 }
 
 /// Verifies the peer's stream up to its farewell.
-fn read_stream(mut stream: TcpStream, deadline: Deadline, counters: &Counters, gap: &mut GapMeter) -> anyhow::Result<()> {
+fn read_stream(
+    mut stream: TcpStream,
+    deadline: Deadline,
+    counters: &Counters,
+    gap: &mut GapMeter,
+) -> anyhow::Result<()> {
     let mut buffer = vec![0; 64 << 10];
     let mut pending = 0;
     let mut expected = 0_u64;

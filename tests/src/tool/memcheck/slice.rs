@@ -88,9 +88,8 @@ impl Slice {
     /// Verifies all pages, and that the counters add up.
     pub(super) fn verify(&self) -> Vec<String> {
         let pages = self.region.words().chunks_exact(PAGE_WORDS).zip(&self.counters).enumerate();
-        let wrong = pages.filter_map(|(index, (page, counter))| {
-            page::verify(page, self.first_id + index as u64, *counter).err()
-        });
+        let wrong = pages
+            .filter_map(|(index, (page, counter))| page::verify(page, self.first_id + index as u64, *counter).err());
         let mut failures: Vec<String> = wrong.collect();
         let sum: u64 = self.counters.iter().sum();
         if sum != self.updates {

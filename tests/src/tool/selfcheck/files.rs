@@ -21,7 +21,11 @@ const RECORD: usize = 64;
 const MAX_RECORDS: u64 = 1000;
 
 /// A file that is open but has no name, with an offset in the middle; one block of it changes each time.
-pub(super) fn unlinked(dir: &Path, seed: u64, length: usize) -> anyhow::Result<impl FnMut() -> anyhow::Result<()> + use<>> {
+pub(super) fn unlinked(
+    dir: &Path,
+    seed: u64,
+    length: usize,
+) -> anyhow::Result<impl FnMut() -> anyhow::Result<()> + use<>> {
     let path = dir.join(format!("unlinked-{length}"));
     let mut file = File::options().read(true).write(true).create_new(true).open(&path)?;
     let mut content = pattern::bytes(seed, 0, length);

@@ -15,8 +15,23 @@ const USER: u32 = 1000;
 const GROUPS: [u32; 2] = [1000, 1007];
 /// Lines of `/proc/self/status` that must never change. Signal masks are among them.
 const STABLE: [&str; 17] = [
-    "Name", "Umask", "Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb",
-    "SigBlk", "SigIgn", "SigCgt", "Threads", "VmLck",
+    "Name",
+    "Umask",
+    "Uid",
+    "Gid",
+    "Groups",
+    "NoNewPrivs",
+    "Seccomp",
+    "CapInh",
+    "CapPrm",
+    "CapEff",
+    "CapBnd",
+    "CapAmb",
+    "SigBlk",
+    "SigIgn",
+    "SigCgt",
+    "Threads",
+    "VmLck",
 ];
 
 /// The lines of the calling thread's status that must not change.

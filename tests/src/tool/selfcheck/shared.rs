@@ -49,7 +49,12 @@ impl Shared {
         };
         let posix_path = PathBuf::from(format!("/dev/shm/selfcheck-{}", std::process::id()));
         let create = |path: &Path| {
-            File::options().read(true).write(true).create(true).truncate(true).open(path)
+            File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .open(path)
                 .with_context(|| format!("create {}", path.display()))
         };
         let system_v = !without.iter().any(|name| name == "sysv");

@@ -63,7 +63,11 @@ pub(super) fn half_closed() -> anyhow::Result<impl FnMut() -> anyhow::Result<()>
         let mut content = Vec::new();
         reader.read_to_end(&mut content).context("read to the end")?;
         same_content("the unread data", &content, &pattern::bytes(12, generation, UNREAD))?;
-        same("the shut down end", &writer.write(b"x").map_err(|error| error.kind()), &Err(std::io::ErrorKind::BrokenPipe))?;
+        same(
+            "the shut down end",
+            &writer.write(b"x").map_err(|error| error.kind()),
+            &Err(std::io::ErrorKind::BrokenPipe),
+        )?;
         reader.write_all(b"back").context("write the other way")?;
         let mut back = [0; 4];
         writer.read_exact(&mut back).context("read the other way")?;
@@ -86,7 +90,11 @@ pub(super) fn message_pair(kind: SockType, seed: u64) -> anyhow::Result<impl FnM
             let wanted = pattern::bytes(seed + 1000 * index as u64, generation, length);
             same_content("an unread message", &content[..received], &wanted)?;
         }
-        same("what follows", &recv(other.as_raw_fd(), &mut content, MsgFlags::empty()), &Err(nix::errno::Errno::EAGAIN))?;
+        same(
+            "what follows",
+            &recv(other.as_raw_fd(), &mut content, MsgFlags::empty()),
+            &Err(nix::errno::Errno::EAGAIN),
+        )?;
         generation += 1;
         send_messages(&one, seed, generation)
     })

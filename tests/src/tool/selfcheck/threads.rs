@@ -1,9 +1,9 @@
 //! Threads with names, thread-local state, signal masks and registers of their own.
 
 use std::cell::Cell;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Condvar, Mutex, PoisonError};
-use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -47,7 +47,9 @@ pub(super) fn team() -> anyhow::Result<impl FnMut() -> anyhow::Result<()>> {
         for (index, member) in members.iter().enumerate() {
             member.ask.send(()).with_context(|| format!("thread {index} has ended"))?;
             let answer = member.answer.recv_timeout(ANSWER_TIMEOUT);
-            answer.with_context(|| format!("thread {index} does not answer"))?.with_context(|| format!("thread {index}"))?;
+            answer
+                .with_context(|| format!("thread {index} does not answer"))?
+                .with_context(|| format!("thread {index}"))?;
         }
         Ok(())
     })

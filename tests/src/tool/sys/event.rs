@@ -60,7 +60,8 @@ pub(crate) fn timerfd(clock: i32, first: Duration, interval: Duration) -> io::Re
 
 /// Arms a timerfd anew.
 pub(crate) fn timerfd_arm(timer: BorrowedFd<'_>, first: Duration, interval: Duration) -> io::Result<()> {
-    let span = |span: Duration| libc::timespec { tv_sec: span.as_secs() as i64, tv_nsec: i64::from(span.subsec_nanos()) };
+    let span =
+        |span: Duration| libc::timespec { tv_sec: span.as_secs() as i64, tv_nsec: i64::from(span.subsec_nanos()) };
     let setting = libc::itimerspec { it_interval: span(interval), it_value: span(first) };
     // SAFETY: `setting` is initialised, and the old one is not asked for.
     check(unsafe { libc::timerfd_settime(timer.as_raw_fd(), 0, &raw const setting, std::ptr::null_mut()) }).map(drop)

@@ -52,7 +52,8 @@ impl Region {
                 Sharing::Shared => libc::MAP_SHARED,
             };
         // SAFETY: without MAP_FIXED the kernel chooses unused addresses.
-        let base = unsafe { libc::mmap(std::ptr::null_mut(), length, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
+        let base =
+            unsafe { libc::mmap(std::ptr::null_mut(), length, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }

@@ -1,0 +1,69 @@
+//! Results for a person.
+
+use console::style;
+use indicatif::HumanBytes;
+
+use crate::report::{Findings, Outcome, Report};
+
+/// A migration's end.
+pub(super) fn report(report: &Report) -> String {
+    let mut lines = Vec::new();
+    let name = format!("{} → {}", report.container, report.to);
+    match report.outcome {
+        Outcome::Moved => {
+            let downtime = report.downtime_ms.map(|ms| format!("{ms:.0} ms")).unwrap_or_else(|| "?".to_owned());
+            lines.push(format!("{} {name}", style("moved").green().bold()));
+            lines.push(format!(
+                "  downtime {downtime}, total {:.0} ms, {} of memory, {} sent",
+                report.total_ms,
+                HumanBytes(report.memory_bytes),
+                HumanBytes(report.bytes_on_wire)
+            ));
+            let phases: Vec<String> = report.phases.iter().map(|(phase, ms)| format!("{phase} {ms:.0}")).collect();
+            lines.push(format!("  ms by phase: {}", phases.join(", ")));
+        }
+        Outcome::WouldMove => lines.push(format!("{} {name}: nothing is in the way", style("ok").green().bold())),
+        outcome => {
+            let word = match outcome {
+                Outcome::Refused => "refused",
+                Outcome::Cancelled => "cancelled",
+                Outcome::InDoubt => "in doubt",
+                _ => "failed",
+            };
+            lines.push(format!("{} {name}", style(word).red().bold()));
+        }
+    }
+    if let Some(error) = &report.error {
+        lines.push(format!("  in {}: {error}", report.phase));
+    }
+    lines.extend(report.obstacles.iter().map(|obstacle| format!("- {obstacle}")));
+    lines.join("\n")
+}
+
+/// What a check found.
+pub(super) fn findings(findings: &Findings) -> String {
+    let passed = findings.passed.iter().map(|text| format!("{} {text}", style("ok").green()));
+    let obstacles = findings.obstacles.iter().map(|obstacle| format!("{} {obstacle}", style("!!").red()));
+    passed.chain(obstacles).collect::<Vec<_>>().join("\n")
+}
+
+/// All migrations.
+pub(super) fn status(reports: &[Report]) -> String {
+    if reports.is_empty() {
+        return "no migrations".to_owned();
+    }
+    let mut lines = vec![format!("{:<36} {:<20} {:<16} {:<10} {:<14} {:>10}", "MIGRATION", "CONTAINER", "TO", "OUTCOME", "PHASE", "DOWNTIME")];
+    for report in reports {
+        let outcome = serde_json::to_value(report.outcome).ok().and_then(|value| value.as_str().map(str::to_owned));
+        let downtime = report.downtime_ms.map(|ms| format!("{ms:.0} ms")).unwrap_or_default();
+        lines.push(format!(
+            "{:<36} {:<20} {:<16} {:<10} {:<14} {downtime:>10}",
+            report.migration,
+            report.container,
+            report.to,
+            outcome.unwrap_or_default(),
+            report.phase,
+        ));
+    }
+    lines.join("\n")
+}

@@ -1,0 +1,160 @@
+//! Migrations under way and those that ended, with their events.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
+
+use crate::report::{Outcome, Report};
+
+/// Ended migrations whose reports are kept for `migrate status`.
+const KEPT: usize = 100;
+/// Events a slow follower may be behind; it then misses some, never the end.
+const EVENTS: usize = 256;
+
+/// Something a follower sees.
+#[derive(Debug, Clone)]
+pub enum JobEvent {
+    /// A phase began.
+    Phase(&'static str),
+    /// A phase got on.
+    Progress {
+        /// The phase.
+        phase: &'static str,
+        /// What it did.
+        what: String,
+        /// Bytes done.
+        done: u64,
+        /// Bytes in all; 0 if not known.
+        total: u64,
+    },
+    /// It ended, or is in doubt.
+    Finished(Box<Report>),
+}
+
+/// One migration.
+#[derive(Debug)]
+pub struct Job {
+    report: Mutex<Report>,
+    events: broadcast::Sender<JobEvent>,
+    started: Instant,
+    /// Asks it to end before the commit.
+    pub cancel: CancellationToken,
+}
+
+impl Job {
+    /// A migration that begins.
+    pub fn new(report: Report) -> Arc<Self> {
+        let (events, _) = broadcast::channel(EVENTS);
+        Arc::new(Self { report: Mutex::new(report), events, started: Instant::now(), cancel: CancellationToken::new() })
+    }
+
+    /// Its events from now on.
+    pub fn follow(&self) -> broadcast::Receiver<JobEvent> {
+        self.events.subscribe()
+    }
+
+    /// Tells followers.
+    pub fn tell(&self, event: JobEvent) {
+        // Nobody may be listening.
+        let _ = self.events.send(event);
+    }
+
+    /// What is known of it now.
+    pub fn report(&self) -> Report {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes what is known of it.
+    pub fn note(&self, change: impl FnOnce(&mut Report)) {
+        change(&mut self.report.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// How long it has been going.
+    pub fn elapsed(&self) -> std::time::Duration {
+        self.started.elapsed()
+    }
+}
+
+/// All migrations of an agent.
+#[derive(Debug, Default)]
+pub struct Jobs {
+    all: Mutex<VecDeque<Arc<Job>>>,
+}
+
+/// A migration that can't be started or found.
+#[derive(Debug, thiserror::Error)]
+pub enum JobError {
+    /// The container is moving already.
+    #[error("container {0} is being moved already: `migrate status`")]
+    Busy(String),
+    /// None of that name.
+    #[error("no migration of {0:?} is under way")]
+    Unknown(String),
+    /// More than one.
+    #[error("several migrations are under way: name the container")]
+    Several,
+}
+
+impl Jobs {
+    /// Adds a migration, unless its container is moving already.
+    pub fn start(&self, report: Report) -> Result<Arc<Job>, JobError> {
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let busy = all.iter().map(|job| job.report()).any(|other| {
+            other.container == report.container && matches!(other.outcome, Outcome::Running | Outcome::InDoubt)
+        });
+        if busy {
+            return Err(JobError::Busy(report.container));
+        }
+        let job = Job::new(report);
+        all.push_back(job.clone());
+        while all.len() > KEPT {
+            let Some(index) = all.iter().position(|job| job.report().outcome != Outcome::Running) else { break };
+            all.remove(index);
+        }
+        Ok(job)
+    }
+
+    /// All reports, oldest first.
+    pub fn reports(&self) -> Vec<Report> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner).iter().map(|job| job.report()).collect()
+    }
+
+    /// The migration under way that is meant: by its id, its container, or as the only one.
+    pub fn running(&self, which: &str) -> Result<Arc<Job>, JobError> {
+        let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut running = all.iter().filter(|job| {
+            let report = job.report();
+            report.outcome == Outcome::Running && (which.is_empty() || report.migration == which || report.container == which)
+        });
+        let first = running.next().ok_or_else(|| JobError::Unknown(which.to_owned()))?;
+        if running.next().is_some() {
+            return Err(JobError::Several);
+        }
+        Ok(first.clone())
+    }
+
+    /// Every migration under way.
+    pub fn all_running(&self) -> Vec<Arc<Job>> {
+        let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().filter(|job| job.report().outcome == Outcome::Running).cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_moves_once_at_a_time() {
+        let jobs = Jobs::default();
+        let job = jobs.start(Report::begin("m1", "web", "b")).expect("starts");
+        assert!(matches!(jobs.start(Report::begin("m2", "web", "c")), Err(JobError::Busy(_))));
+        assert!(jobs.running("").is_ok() && jobs.running("web").is_ok() && jobs.running("m1").is_ok());
+        job.note(|report| report.outcome = Outcome::Moved);
+        jobs.start(Report::begin("m3", "web", "c")).expect("starts again");
+        assert!(matches!(jobs.running("db"), Err(JobError::Unknown(_))));
+    }
+}

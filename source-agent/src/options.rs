@@ -1,0 +1,120 @@
+//! What the user asked for, as domain types.
+
+use std::time::Duration;
+
+use longhaul_proto::agent;
+
+/// How a migration is to be done.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Rules for bind mounts, first match wins.
+    pub volumes: Vec<VolumeRule>,
+    /// Only find out.
+    pub dry_run: bool,
+    /// A log file that comes along and is written on where the container's output is a pipe.
+    pub log: Option<String>,
+    /// Give up, with the container untouched, after this time.
+    pub timeout: Option<Duration>,
+}
+
+/// How the bind mount at one place is taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeRule {
+    /// Its destination in the container, or `*`.
+    pub mount: String,
+    /// What to do.
+    pub choice: VolumeChoice,
+}
+
+/// What to do with a bind mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VolumeChoice {
+    /// Refuse the migration.
+    Refuse,
+    /// Copy its files.
+    Copy,
+    /// It is the same storage on both hosts.
+    Shared,
+}
+
+impl std::str::FromStr for VolumeRule {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (mount, word) = text.rsplit_once('=').unwrap_or(("*", text));
+        let choice = match word {
+            "refuse" => VolumeChoice::Refuse,
+            "copy" => VolumeChoice::Copy,
+            "shared" => VolumeChoice::Shared,
+            _ => return Err(format!("{word:?} is not one of copy, shared, refuse (as in `copy` or `/data=copy`)")),
+        };
+        if mount != "*" && !mount.starts_with('/') {
+            return Err(format!("{mount:?} is no absolute path in the container"));
+        }
+        Ok(Self { mount: mount.to_owned(), choice })
+    }
+}
+
+impl Options {
+    /// The rule for the mount at `destination`.
+    pub fn volume(&self, destination: &str) -> VolumeChoice {
+        let exact = self.volumes.iter().find(|rule| rule.mount.trim_end_matches('/') == destination.trim_end_matches('/'));
+        let any = || self.volumes.iter().find(|rule| rule.mount == "*");
+        exact.or_else(any).map_or(VolumeChoice::Refuse, |rule| rule.choice)
+    }
+}
+
+impl From<agent::Options> for Options {
+    fn from(wire: agent::Options) -> Self {
+        let rule = |rule: agent::VolumeRule| VolumeRule {
+            choice: match rule.mode() {
+                agent::VolumeMode::Copy => VolumeChoice::Copy,
+                agent::VolumeMode::Shared => VolumeChoice::Shared,
+                agent::VolumeMode::Refuse | agent::VolumeMode::Unspecified => VolumeChoice::Refuse,
+            },
+            mount: rule.mount,
+        };
+        Self {
+            volumes: wire.volumes.into_iter().map(rule).collect(),
+            dry_run: wire.dry_run,
+            log: (!wire.log.is_empty()).then_some(wire.log),
+            timeout: (wire.timeout_ms > 0).then(|| Duration::from_millis(wire.timeout_ms)),
+        }
+    }
+}
+
+impl From<Options> for agent::Options {
+    fn from(options: Options) -> Self {
+        let rule = |rule: VolumeRule| agent::VolumeRule {
+            mount: rule.mount,
+            mode: match rule.choice {
+                VolumeChoice::Refuse => agent::VolumeMode::Refuse,
+                VolumeChoice::Copy => agent::VolumeMode::Copy,
+                VolumeChoice::Shared => agent::VolumeMode::Shared,
+            }
+            .into(),
+        };
+        Self {
+            volumes: options.volumes.into_iter().map(rule).collect(),
+            dry_run: options.dry_run,
+            log: options.log.unwrap_or_default(),
+            timeout_ms: options.timeout.map_or(0, |timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exact_rule_beats_the_general_one() {
+        let rules = ["copy", "/data=shared"].map(|text| text.parse().expect("a rule"));
+        let options = Options { volumes: rules.to_vec(), ..Options::default() };
+        assert_eq!(options.volume("/data/"), VolumeChoice::Shared);
+        assert_eq!(options.volume("/other"), VolumeChoice::Copy);
+        assert_eq!(Options::default().volume("/data"), VolumeChoice::Refuse);
+        "move".parse::<VolumeRule>().expect_err("no choice");
+        "data=copy".parse::<VolumeRule>().expect_err("a relative path");
+    }
+}

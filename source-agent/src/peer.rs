@@ -1,0 +1,272 @@
+//! The network edge to the destination: one connection for control, one for bulk.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use longhaul_common::host::Capabilities;
+use longhaul_common::obstacle::Obstacle;
+use longhaul_common::tls::{Identity, PeerAddress, TlsError, connect, explain};
+use longhaul_proto::peer;
+use longhaul_proto::peer::destination_message::Message as Reply;
+use longhaul_proto::peer::peer_client::PeerClient;
+use longhaul_proto::peer::source_message::Message as Request;
+use thiserror::Error;
+use tokio::sync::{Mutex, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+use tonic::{Status, Streaming};
+
+/// Heartbeats while the container runs.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Control messages that may wait: there is never more than one and a heartbeat.
+const QUEUE: usize = 8;
+/// How long the destination may take for one step. A preflight may have to digest gigabytes of layers.
+pub const STEP_DEADLINE: Duration = Duration::from_secs(120);
+
+/// A destination that does not do its part.
+#[derive(Debug, Error)]
+pub enum PeerError {
+    /// It could not be connected.
+    #[error(transparent)]
+    Connect(#[from] TlsError),
+    /// A call failed.
+    #[error("the destination {host} refused: {message}")]
+    Refused {
+        /// Its name.
+        host: String,
+        /// What it said.
+        message: String,
+    },
+    /// It went away.
+    #[error("the connection to the destination {host} broke: {message}")]
+    Broken {
+        /// Its name.
+        host: String,
+        /// What is known.
+        message: String,
+    },
+    /// It failed.
+    #[error("the destination {host} failed: {message}")]
+    Failed {
+        /// Its name.
+        host: String,
+        /// What it said.
+        message: String,
+    },
+    /// It was silent.
+    #[error("the destination {host} was silent for {} s", STEP_DEADLINE.as_secs())]
+    Silent {
+        /// Its name.
+        host: String,
+    },
+    /// It answered something else.
+    #[error("the destination {host} answered out of turn: {got}, where {expected} was due")]
+    OutOfTurn {
+        /// Its name.
+        host: String,
+        /// What came.
+        got: String,
+        /// What was due.
+        expected: &'static str,
+    },
+}
+
+/// A connected destination.
+#[derive(Debug, Clone)]
+pub struct Peer {
+    host: String,
+    control: PeerClient<Channel>,
+    bulk: PeerClient<Channel>,
+}
+
+impl Peer {
+    /// Connects twice and says hello.
+    pub async fn connect(
+        identity: &Identity,
+        address: &PeerAddress,
+        ours: Capabilities,
+    ) -> Result<(Self, Capabilities), PeerError> {
+        let control = connect(identity, address).await?;
+        let bulk = connect(identity, address).await?;
+        let mut peer = Self {
+            host: address.host.clone(),
+            control: longhaul_proto::peer_client(control),
+            bulk: longhaul_proto::peer_client(bulk),
+        };
+        let hello = peer::HelloRequest { source: Some(ours.into()) };
+        let reply = peer.control.hello(hello).await.map_err(|status| peer.status(&status))?;
+        let theirs = reply.into_inner().destination.ok_or_else(|| PeerError::OutOfTurn {
+            host: peer.host.clone(),
+            got: "an empty hello".to_owned(),
+            expected: "its capabilities",
+        })?;
+        Ok((peer, theirs.into()))
+    }
+
+    /// Opens the control stream of one migration.
+    pub async fn session(&self) -> Result<Session, PeerError> {
+        let (requests, receiver) = mpsc::channel(QUEUE);
+        let mut control = self.control.clone();
+        let call = control.session(ReceiverStream::new(receiver));
+        // The server's headers come with its first message; that waits for ours, so the call must not.
+        let replies = call.await.map_err(|status| self.status(&status))?.into_inner();
+        let requests = Arc::new(requests);
+        let beat = Arc::downgrade(&requests);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(HEARTBEAT).await;
+                let Some(requests) = beat.upgrade() else { return };
+                let message = peer::SourceMessage { message: Some(Request::Heartbeat(peer::Heartbeat {})) };
+                if requests.send(message).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Session { host: self.host.clone(), requests, replies: Mutex::new(replies) })
+    }
+
+    /// One pass over one tree.
+    pub async fn push_tree(&self, messages: mpsc::Receiver<peer::TreeMessage>) -> Result<peer::PushReply, PeerError> {
+        let mut bulk = self.bulk.clone();
+        let reply = bulk.push_tree(ReceiverStream::new(messages)).await;
+        reply.map(tonic::Response::into_inner).map_err(|status| self.status(&status))
+    }
+
+    /// All images.
+    pub async fn push_images(&self, messages: mpsc::Receiver<peer::ImageMessage>) -> Result<peer::PushReply, PeerError> {
+        let mut bulk = self.bulk.clone();
+        let reply = bulk.push_images(ReceiverStream::new(messages)).await;
+        reply.map(tonic::Response::into_inner).map_err(|status| self.status(&status))
+    }
+
+    /// What became of a migration.
+    pub async fn outcome(&self, migration: &str, epoch: u64) -> Result<peer::Outcome, PeerError> {
+        let mut control = self.control.clone();
+        let request = peer::OutcomeRequest { migration_id: migration.to_owned(), epoch };
+        let reply = control.outcome(request).await.map_err(|status| self.status(&status))?;
+        Ok(reply.into_inner().outcome())
+    }
+
+    fn status(&self, status: &Status) -> PeerError {
+        let host = self.host.clone();
+        if let Some(message) = explain(status) {
+            return PeerError::Refused { host, message };
+        }
+        match status.code() {
+            tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Cancelled => {
+                PeerError::Broken { host, message: longhaul_common::chain(status) }
+            }
+            _ => PeerError::Refused { host, message: status.message().to_owned() },
+        }
+    }
+}
+
+/// The control stream of one migration. Dropping it before the commit undoes everything on the destination.
+#[derive(Debug)]
+pub struct Session {
+    host: String,
+    requests: Arc<mpsc::Sender<peer::SourceMessage>>,
+    replies: Mutex<Streaming<peer::DestinationMessage>>,
+}
+
+/// What the destination says of an offer.
+#[derive(Debug, Clone)]
+pub struct Verdict {
+    /// What is in the way there.
+    pub obstacles: Vec<Obstacle>,
+    /// Layers it lacks.
+    pub missing_layers: Vec<String>,
+}
+
+/// Named durations, in microseconds.
+pub type Timings = Vec<(String, u64)>;
+
+impl Session {
+    /// Offers a container.
+    pub async fn offer(&self, offer: peer::Offer) -> Result<Verdict, PeerError> {
+        self.send(Request::Offer(offer)).await?;
+        match self.reply().await? {
+            Reply::Verdict(verdict) => Ok(Verdict {
+                obstacles: verdict.obstacles.into_iter().map(Into::into).collect(),
+                missing_layers: verdict.missing_layers,
+            }),
+            other => Err(self.out_of_turn(&other, "a verdict")),
+        }
+    }
+
+    /// Has the place made ready.
+    pub async fn prepare(&self) -> Result<(), PeerError> {
+        self.send(Request::Prepare(peer::Prepare {})).await?;
+        match self.reply().await? {
+            Reply::Prepared(_) => Ok(()),
+            other => Err(self.out_of_turn(&other, "prepared")),
+        }
+    }
+
+    /// Has the runtime's restore started and held.
+    pub async fn arm(&self, descriptors: Vec<u8>) -> Result<(), PeerError> {
+        self.send(Request::Arm(peer::Arm { descriptors: descriptors.into() })).await?;
+        match self.reply().await? {
+            Reply::Armed(_) => Ok(()),
+            other => Err(self.out_of_turn(&other, "armed")),
+        }
+    }
+
+    /// Has the container restored, stopped.
+    pub async fn restore(&self, image_files: u64, image_bytes: u64) -> Result<Timings, PeerError> {
+        self.send(Request::Restore(peer::Restore { image_files, image_bytes })).await?;
+        match self.reply().await? {
+            Reply::Restored(restored) => Ok(timings(restored.timings)),
+            other => Err(self.out_of_turn(&other, "restored")),
+        }
+    }
+
+    /// Gives the container away. An error leaves the outcome in doubt.
+    pub async fn commit(&self, epoch: u64) -> Result<Timings, PeerError> {
+        self.send(Request::Commit(peer::Commit { epoch })).await?;
+        match self.reply().await? {
+            Reply::Committed(committed) if committed.epoch == epoch => Ok(timings(committed.timings)),
+            other => Err(self.out_of_turn(&other, "committed")),
+        }
+    }
+
+    /// Tells the destination to undo everything. Best effort: the end of the stream says the same.
+    pub async fn abort(&self, reason: &str) {
+        let _ = self.send(Request::Abort(peer::Abort { reason: reason.to_owned() })).await;
+        // Its answer means that it has cleaned up.
+        let _ = tokio::time::timeout(Duration::from_secs(15), self.reply()).await;
+    }
+
+    async fn send(&self, message: Request) -> Result<(), PeerError> {
+        let sent = self.requests.send(peer::SourceMessage { message: Some(message) }).await;
+        sent.map_err(|_| PeerError::Broken { host: self.host.clone(), message: "it closed the session".to_owned() })
+    }
+
+    async fn reply(&self) -> Result<Reply, PeerError> {
+        let mut replies = self.replies.lock().await;
+        loop {
+            let next = tokio::time::timeout(STEP_DEADLINE, replies.message())
+                .await
+                .map_err(|_| PeerError::Silent { host: self.host.clone() })?;
+            let broken = |message: String| PeerError::Broken { host: self.host.clone(), message };
+            let message = next.map_err(|status| broken(longhaul_common::chain(&status)))?;
+            match message.and_then(|message| message.message) {
+                Some(Reply::Heartbeat(_)) => {}
+                Some(Reply::Failed(failed)) => {
+                    return Err(PeerError::Failed { host: self.host.clone(), message: failed.error });
+                }
+                Some(other) => return Ok(other),
+                None => return Err(broken("it ended the session".to_owned())),
+            }
+        }
+    }
+
+    fn out_of_turn(&self, got: &Reply, expected: &'static str) -> PeerError {
+        let got = format!("{got:?}").chars().take(60).collect();
+        PeerError::OutOfTurn { host: self.host.clone(), got, expected }
+    }
+}
+
+fn timings(wire: Vec<peer::Timing>) -> Timings {
+    wire.into_iter().map(|timing| (timing.name, timing.micros)).collect()
+}

@@ -1,0 +1,95 @@
+//! What a source agent must know after it was killed, and what it does then.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use longhaul_common::cgroup::Freezer;
+use longhaul_common::criu::hold::HoldListener;
+use longhaul_common::journal::Journal;
+use longhaul_common::net::Port;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::hold_socket;
+
+/// How long a CRIU that waits may take to find the new agent: it looks every 50 ms.
+const RECONNECT_DEADLINE: Duration = Duration::from_secs(2);
+
+/// One migration's record.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Record {
+    /// The container.
+    pub container: String,
+    /// Its first task.
+    pub init: i32,
+    /// Where it goes.
+    pub to: String,
+    /// The migration's epoch.
+    pub epoch: u64,
+    /// How far it is.
+    pub phase: RecordPhase,
+    /// The memory directory of images and sockets.
+    pub dir: PathBuf,
+    /// The host's ends of its interfaces: name, index, bridge.
+    pub ports: Vec<(String, u32, String)>,
+}
+
+/// How far a migration is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RecordPhase {
+    /// Frozen, and this host's: thawed if the agent finds it at its start.
+    Frozen,
+    /// Given away, and not known whether taken: stays frozen until the destination answers.
+    Committing,
+}
+
+/// At the agent's start: thaws what an earlier life left frozen and still owned. Returns what is in doubt.
+pub async fn recover(journal: &Journal) -> Vec<(String, Record)> {
+    let mut in_doubt = Vec::new();
+    for (migration, record) in journal.all::<Record>() {
+        match record.phase {
+            RecordPhase::Committing => {
+                tracing::warn!(migration, container = record.container, "in doubt: the container stays frozen until its destination answers");
+                in_doubt.push((migration, record));
+            }
+            RecordPhase::Frozen => {
+                tracing::warn!(migration, container = record.container, "thawing a container that a killed agent left frozen");
+                release_criu(&record, false).await;
+                thaw(&record);
+                let _ = std::fs::remove_dir_all(&record.dir);
+                journal.remove(&migration);
+            }
+        }
+    }
+    in_doubt
+}
+
+/// Gives a CRIU that waits at the end of its dump the verdict: kill the tasks, or let them be.
+pub async fn release_criu(record: &Record, kill: bool) {
+    let Ok(listener) = HoldListener::bind(&hold_socket(&record.dir)) else { return };
+    let Ok(Ok(mut held)) = tokio::time::timeout(RECONNECT_DEADLINE, listener.accept()).await else {
+        tracing::debug!("no CRIU is waiting");
+        return;
+    };
+    // The event it waits at is said again after the reconnection.
+    let _ = tokio::time::timeout(RECONNECT_DEADLINE, held.next()).await;
+    if let Err(error) = held.verdict(kill).await {
+        tracing::warn!(%error, "can't tell CRIU the verdict");
+        return;
+    }
+    let _ = tokio::time::timeout(RECONNECT_DEADLINE, held.next()).await;
+}
+
+/// Puts the container back on its network and lets it run.
+pub fn thaw(record: &Record) {
+    for (name, index, bridge) in &record.ports {
+        let port = Port { name: name.clone(), index: *index, bridge: bridge.clone() };
+        if let Err(error) = port.join() {
+            tracing::error!(%error, "can't put the container back on its bridge");
+        }
+    }
+    match Freezer::of(record.init).and_then(|freezer| freezer.thaw()) {
+        Ok(()) => {}
+        Err(error) => tracing::error!(%error, container = record.container, "can't thaw the container"),
+    }
+}

@@ -1,0 +1,121 @@
+//! What a migration was: the document that `migrate --format json` prints.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use longhaul_common::obstacle::Obstacle;
+use serde::{Deserialize, Serialize};
+
+/// How a migration ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// Under way.
+    Running,
+    /// The container runs on the destination.
+    Moved,
+    /// Nothing was in the way of a dry run.
+    WouldMove,
+    /// Something was in the way; nothing was touched.
+    Refused,
+    /// It failed; the container runs here.
+    Failed,
+    /// The user ended it; the container runs here.
+    Cancelled,
+    /// The destination's answer was lost: the container is frozen here until it is known.
+    InDoubt,
+}
+
+/// One migration.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report {
+    /// Its id.
+    pub migration: String,
+    /// The container.
+    pub container: String,
+    /// Where it was to go.
+    pub to: String,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// The phase it is in, or ended in.
+    pub phase: String,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub error: Option<String>,
+    /// What was in the way.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub obstacles: Vec<Obstacle>,
+    /// When it began, in milliseconds since 1970.
+    pub started_unix_ms: u64,
+    /// From its beginning to its end, in milliseconds.
+    pub total_ms: f64,
+    /// From the freeze to the destination's word that the container runs, by this agent's clock, in milliseconds.
+    pub downtime_ms: Option<f64>,
+    /// Memory the container had in use, in bytes.
+    pub memory_bytes: u64,
+    /// Bytes sent: files and images.
+    pub bytes_on_wire: u64,
+    /// Passes over the root filesystem and the volumes, the last included.
+    pub rootfs_passes: u32,
+    /// Each phase's duration, in milliseconds.
+    pub phases: BTreeMap<String, f64>,
+    /// The steps within the downtime, in milliseconds; those of the destination begin with `destination.`.
+    pub downtime_steps: BTreeMap<String, f64>,
+    /// Versions that took part: `criu`, `source-kernel`, `destination-kernel`, …
+    pub versions: BTreeMap<String, String>,
+}
+
+impl Report {
+    /// A migration that begins now.
+    pub fn begin(migration: &str, container: &str, to: &str) -> Self {
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self {
+            migration: migration.to_owned(),
+            container: container.to_owned(),
+            to: to.to_owned(),
+            outcome: Outcome::Running,
+            phase: String::new(),
+            error: None,
+            obstacles: Vec::new(),
+            started_unix_ms: u64::try_from(started.as_millis()).unwrap_or(u64::MAX),
+            total_ms: 0.0,
+            downtime_ms: None,
+            memory_bytes: 0,
+            bytes_on_wire: 0,
+            rootfs_passes: 0,
+            phases: BTreeMap::new(),
+            downtime_steps: BTreeMap::new(),
+            versions: BTreeMap::new(),
+        }
+    }
+
+    /// The exit code of `migrate`.
+    pub fn exit_code(&self) -> u8 {
+        match self.outcome {
+            Outcome::Moved | Outcome::WouldMove => 0,
+            Outcome::Refused => 3,
+            Outcome::InDoubt => 5,
+            Outcome::Failed | Outcome::Cancelled | Outcome::Running => 1,
+        }
+    }
+}
+
+/// Milliseconds to a hundredth.
+pub fn millis(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 100_000.0).round() / 100.0
+}
+
+/// What `migrate check` prints.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Findings {
+    /// The container that was looked at, if one was.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub container: Option<String>,
+    /// The destination that was asked, if one was.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub to: Option<String>,
+    /// What is in the way.
+    pub obstacles: Vec<Obstacle>,
+    /// What was found in order.
+    pub passed: Vec<String>,
+}
