@@ -5,6 +5,7 @@ use longhaul_proto::peer;
 use thiserror::Error;
 
 use crate::host::{Capabilities, CriuVersion};
+use crate::net::Neighbour;
 use crate::obstacle::Obstacle;
 use crate::tree::{Content, Entry, EntryKind, Timestamp, TreeItem};
 
@@ -70,6 +71,17 @@ impl From<peer::Obstacle> for Obstacle {
     fn from(obstacle: peer::Obstacle) -> Self {
         Self { subject: obstacle.subject, why: obstacle.why, fix: obstacle.fix }
     }
+}
+
+impl From<Neighbour> for peer::Neighbour {
+    fn from(neighbour: Neighbour) -> Self {
+        Self { link: neighbour.link, address: neighbour.address.to_string(), mac: neighbour.mac.to_string() }
+    }
+}
+
+/// A neighbour out of what travelled; nothing if it makes no sense, since it only saves a question.
+pub fn neighbour(message: peer::Neighbour) -> Option<Neighbour> {
+    Some(Neighbour { address: message.address.parse().ok()?, mac: message.mac.parse().ok()?, link: message.link })
 }
 
 /// An item of a tree as it travels.

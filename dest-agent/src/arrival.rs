@@ -15,6 +15,7 @@ use longhaul_common::criu::keep_logs;
 use longhaul_common::description::Description;
 use longhaul_common::journal::{Journal, JournalError};
 use longhaul_common::layers::LayerDigests;
+use longhaul_common::net::Neighbour;
 use longhaul_common::tree::{TreeError, TreeItem, Writer};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -215,7 +216,7 @@ impl Arrival {
     }
 
     /// Starts the runtime's restore, which waits.
-    pub async fn arm(&self, descriptors: &[u8]) -> Result<(), ArrivalError> {
+    pub async fn arm(&self, descriptors: &[u8], neighbours: &[Neighbour]) -> Result<(), ArrivalError> {
         let mut state = self.state.lock().await;
         let State::Staged(mut staging) = take(&mut state, |state| matches!(state, State::Staged(..))) else {
             return Err(out_of_turn("Arm", "it once, after Prepare", &state));
@@ -224,6 +225,9 @@ impl Arrival {
         let armed = async {
             std::fs::write(&path, descriptors).map_err(|source| ArrivalError::File { path: path.clone(), source })?;
             staging.mount_placeholder(&self.container)?;
+            if let Some(network) = &staging.network {
+                network.learn(neighbours)?;
+            }
             Ok(Armed::start(&self.config.engine, &self.container, &staging).await?)
         };
         match armed.await {

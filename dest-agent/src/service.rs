@@ -13,7 +13,7 @@ use longhaul_common::journal::{Journal, is_migration_id};
 use longhaul_common::layers::LayerDigests;
 use longhaul_common::obstacle::Obstacle;
 use longhaul_common::tls::PeerIdentity;
-use longhaul_common::wire::{WireError, tree_item};
+use longhaul_common::wire::{WireError, neighbour, tree_item};
 use longhaul_proto::peer;
 use longhaul_proto::peer::destination_message::Message as Reply;
 use longhaul_proto::peer::image_message::Message as ImagePart;
@@ -323,7 +323,8 @@ impl Session {
                     self.say(Reply::Prepared(peer::Prepared {})).await;
                 }
                 Request::Arm(arm) => {
-                    arrival.arm(&arm.descriptors).await.map_err(|error| chain(&error))?;
+                    let neighbours: Vec<_> = arm.neighbours.into_iter().filter_map(neighbour).collect();
+                    arrival.arm(&arm.descriptors, &neighbours).await.map_err(|error| chain(&error))?;
                     self.say(Reply::Armed(peer::Armed {})).await;
                 }
                 Request::Restore(restore) => {

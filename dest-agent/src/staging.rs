@@ -274,7 +274,11 @@ impl Staging {
         remove_run(&self.made.run);
         Moved::clear(Path::new(&container.bundle));
         // The namespace lives on in the container's tasks.
-        self.network = None;
+        if let Some(network) = self.network.take()
+            && let Err(error) = network.settle()
+        {
+            tracing::warn!(%error, "the container asks for neighbours faster than usual");
+        }
     }
 }
 

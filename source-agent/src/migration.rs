@@ -17,6 +17,7 @@ use longhaul_common::criu::keep_logs;
 use longhaul_common::host::{Capabilities, compare};
 use longhaul_common::journal::{Journal, JournalError};
 use longhaul_common::layers::LayerDigests;
+use longhaul_common::net::{Netns, neighbours};
 use longhaul_common::obstacle::Obstacle;
 use longhaul_common::tls::{Identity, PeerAddress};
 use longhaul_proto::peer::{Offer, Outcome as PeerOutcome};
@@ -383,7 +384,8 @@ impl Synced {
         let armed = Armed::start(&trip.env.config.engine, &trip.container, &trip.dir, &externals).await?;
         let descriptors = armed.descriptors();
         trip.rollback.lock().await.checkpoint = Some(armed);
-        prepared.session.arm(descriptors?).await?;
+        let neighbours = Netns::of_task(live.init).and_then(|netns| neighbours(&netns)).map_err(InspectError::from)?;
+        prepared.session.arm(descriptors?, neighbours).await?;
         Ok(Ready(prepared))
     }
 }

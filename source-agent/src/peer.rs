@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use longhaul_common::host::Capabilities;
+use longhaul_common::net::Neighbour;
 use longhaul_common::obstacle::Obstacle;
 use longhaul_common::tls::{Identity, PeerAddress, TlsError, connect, explain};
 use longhaul_proto::peer;
@@ -204,8 +205,9 @@ impl Session {
     }
 
     /// Has the runtime's restore started and held.
-    pub async fn arm(&self, descriptors: Vec<u8>) -> Result<(), PeerError> {
-        self.send(Request::Arm(peer::Arm { descriptors: descriptors.into() })).await?;
+    pub async fn arm(&self, descriptors: Vec<u8>, neighbours: Vec<Neighbour>) -> Result<(), PeerError> {
+        let neighbours = neighbours.into_iter().map(Into::into).collect();
+        self.send(Request::Arm(peer::Arm { descriptors: descriptors.into(), neighbours })).await?;
         match self.reply().await? {
             Reply::Armed(_) => Ok(()),
             other => Err(self.out_of_turn(&other, "armed")),

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use nix::net::if_::if_nametoindex;
 use serde::Deserialize;
 
-use super::{Announcer, NetError, Netns, Port, run_ip};
+use super::{Announcer, NetError, Neighbour, Netns, Port, run_ip};
 use crate::description::{Link, Namespace};
 
 /// A namespace made for a container that is about to arrive.
@@ -20,6 +20,7 @@ pub struct BuiltNamespace {
     pub ports: Vec<Port>,
     /// Ready to tell the network where the container is now.
     pub announcer: Announcer,
+    links: Vec<String>,
 }
 
 /// Makes a namespace with this content. `bridges` maps names of the source's bridges to this host's.
@@ -40,8 +41,56 @@ pub fn build(content: &Namespace, bridges: &BTreeMap<String, String>) -> Result<
     let sysctls = content.sysctls.clone();
     netns.enter(move || set_sysctls(&sysctls))?;
     let announcer = Announcer::new(&netns, content)?;
-    Ok(BuiltNamespace { netns, ports, announcer })
+    let links = content.links.iter().map(|link| link.name.clone()).collect();
+    let built = BuiltNamespace { netns, ports, announcer, links };
+    built.hurry()?;
+    Ok(built)
 }
+
+impl BuiltNamespace {
+    /// Makes link-layer addresses known, to be confirmed when they are used.
+    pub fn learn(&self, neighbours: &[Neighbour]) -> Result<(), NetError> {
+        let links: Vec<&str> = self.links.iter().map(String::as_str).collect();
+        let batch: String = neighbours
+            .iter()
+            .filter(|neighbour| links.contains(&neighbour.link.as_str()))
+            .map(|neighbour| {
+                format!("neigh replace {} lladdr {} dev {} nud stale\n", neighbour.address, neighbour.mac, neighbour.link)
+            })
+            .collect();
+        if batch.is_empty() {
+            return Ok(());
+        }
+        run_ip(Some(self.netns.as_fd()), &["-batch", "-"], Some(&batch)).map(drop)
+    }
+
+    /// While the namespace is silent no neighbour answers, and the kernel would ask again only after a second: long
+    /// after the switch. Until [`settle`](Self::settle) it asks every few milliseconds.
+    fn hurry(&self) -> Result<(), NetError> {
+        self.set_retransmission(HURRIED_MS)
+    }
+
+    /// Puts the kernel's pace back.
+    pub fn settle(&self) -> Result<(), NetError> {
+        self.set_retransmission(KERNEL_MS)
+    }
+
+    fn set_retransmission(&self, millis: u32) -> Result<(), NetError> {
+        self.netns.enter(|| {
+            for (family, link) in ["ipv4", "ipv6"].iter().flat_map(|family| self.links.iter().map(move |link| (family, link))) {
+                let path = format!("/proc/sys/net/{family}/neigh/{link}/retrans_time_ms");
+                if let Err(error) = std::fs::write(&path, millis.to_string()) {
+                    tracing::debug!(path, %error, "can't change the pace of neighbour discovery");
+                }
+            }
+        })
+    }
+}
+
+/// Milliseconds between two questions for a neighbour while a container is being switched.
+const HURRIED_MS: u32 = 5;
+/// The kernel's own (RFC 4861, RETRANS_TIMER).
+const KERNEL_MS: u32 = 1000;
 
 fn add_link(netns: &Netns, link: &Link, bridges: &BTreeMap<String, String>) -> Result<Port, NetError> {
     let bridge = bridges.get(&link.bridge).unwrap_or(&link.bridge).clone();

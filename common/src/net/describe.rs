@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 
 use super::{NetError, Netns, Port, run_ip};
+use super::Neighbour;
 use crate::description::{Address, Link, Namespace, Route, Scope};
 
 /// A namespace's content, and the host's ends of its interfaces.
@@ -103,6 +104,25 @@ pub fn describe(netns: &Netns) -> Result<Described, NetError> {
     }
     described.namespace.sysctls = changed_sysctls(netns)?;
     Ok(described)
+}
+
+/// Link-layer addresses known in a namespace now.
+pub fn neighbours(netns: &Netns) -> Result<Vec<Neighbour>, NetError> {
+    #[derive(Deserialize)]
+    struct Entry {
+        dst: IpAddr,
+        dev: String,
+        lladdr: Option<String>,
+        #[serde(default)]
+        state: Vec<String>,
+    }
+    let entries: Vec<Entry> = ask(Some(netns), &["-j", "neigh", "show"])?;
+    let known = entries.into_iter().filter_map(|entry| {
+        let lost = entry.state.iter().any(|state| matches!(state.as_str(), "FAILED" | "INCOMPLETE" | "NOARP"));
+        let mac = entry.lladdr?.parse().ok()?;
+        (!lost).then_some(Neighbour { link: entry.dev, address: entry.dst, mac })
+    });
+    Ok(known.collect())
 }
 
 fn ask<T: for<'de> Deserialize<'de>>(netns: Option<&Netns>, words: &[&str]) -> Result<Vec<T>, NetError> {

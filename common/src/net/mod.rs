@@ -19,7 +19,7 @@ use thiserror::Error;
 
 pub use announce::Announcer;
 pub use build::{BuiltNamespace, addresses_in_use, build};
-pub use describe::{Described, describe};
+pub use describe::{Described, describe, neighbours};
 
 use crate::sys::{BridgePort, InNetns, bridge_port};
 
@@ -165,6 +165,17 @@ impl AsFd for Netns {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// A link-layer address that a namespace knows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Neighbour {
+    /// The interface it was learnt on.
+    pub link: String,
+    /// Whose.
+    pub address: std::net::IpAddr,
+    /// What.
+    pub mac: crate::description::Mac,
 }
 
 /// Runs `ip`, in a namespace or the agent's own, with `input` on its standard input.
