@@ -130,6 +130,8 @@ pub struct EngineConfig {
     pub criu: PathBuf,
     /// Longhaul's stand-in for CRIU.
     pub hold: PathBuf,
+    /// The library preloaded into CRIU where the agent lacks a capability.
+    pub filter: PathBuf,
 }
 
 impl Default for EngineConfig {
@@ -139,6 +141,7 @@ impl Default for EngineConfig {
             runc_root: None,
             criu: "/usr/sbin/criu".into(),
             hold: "/usr/local/libexec/longhaul/longhaul-criu".into(),
+            filter: "/usr/local/libexec/longhaul/liblonghaul_criu_filter.so".into(),
         }
     }
 }
@@ -160,6 +163,15 @@ impl Default for Paths {
 }
 
 impl EngineConfig {
+    /// The environment CRIU is started with: the filter, where this agent has no `CAP_SYS_RESOURCE`, without which CRIU
+    /// can't read the limits of a task that is not root's.
+    pub fn criu_environment(&self) -> Vec<String> {
+        if crate::host::may_read_limits() || !self.filter.is_file() {
+            return Vec::new();
+        }
+        vec![format!("LD_PRELOAD={}", self.filter.display())]
+    }
+
     /// The runtime as configured.
     pub fn runtime(&self) -> crate::runtime::Runtime {
         crate::runtime::Runtime::new(self.runc.clone(), self.runc_root.clone())

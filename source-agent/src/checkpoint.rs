@@ -111,7 +111,7 @@ impl Armed {
             return Err(CheckpointError::Runtime(format!("no answer within {} s", START_DEADLINE.as_secs())));
         };
         let mut held = held?;
-        held.prepare(preparation(externals)).await?;
+        held.prepare(preparation(externals, engine.criu_environment())).await?;
         Ok(Self { held, child, log, dir: dir.to_owned(), gone: false, _listener: listener })
     }
 
@@ -178,7 +178,7 @@ fn runtime_message(log: &Path) -> String {
     last_message(&std::fs::read_to_string(log).unwrap_or_default())
 }
 
-fn preparation(externals: &Externals) -> Prepare {
+fn preparation(externals: &Externals, environment: Vec<String>) -> Prepare {
     Prepare {
         addition: Some(rpc::Options {
             external: externals.keys.clone(),
@@ -191,6 +191,6 @@ fn preparation(externals: &Externals) -> Prepare {
         }),
         files: Vec::new(),
         held: vec![NETWORK_LOCK.to_owned(), POST_DUMP.to_owned()],
-        environment: Vec::new(),
+        environment,
     }
 }

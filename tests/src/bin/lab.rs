@@ -92,7 +92,7 @@ fn run(command: Command) -> Result<i32> {
             machine::install_tools()?;
             Lab::sweep();
             agents::build()?;
-            let mut lab = Lab::up_detached("lab", hosts)?;
+            let mut lab = Lab::up_detached(&lab_name(), hosts)?;
             if let Err(error) = agents::install(&lab) {
                 lab.down();
                 return Err(error);
@@ -105,7 +105,7 @@ fn run(command: Command) -> Result<i32> {
         Command::Exec { host, command } => in_host(&host, &command),
         Command::Shell { host } => in_host(&host, &["bash".into(), "-l".into()]),
         Command::Run { host, name, ip, plain, command } => {
-            let lab = Lab::open("lab")?;
+            let lab = Lab::open(&lab_name())?;
             let rootfs = if plain { Rootfs::Plain } else { Rootfs::Overlay };
             let spec = ContainerSpec { name, command, address: ip, rootfs, mounts: Vec::new(), edit: None };
             spec.start(lab.host(&host)?)?;
@@ -121,8 +121,8 @@ fn run(command: Command) -> Result<i32> {
         }
         Command::Down => {
             Lab::sweep();
-            if Lab::list().iter().any(|name| name == "lab") {
-                Lab::open("lab")?.down();
+            if Lab::list().contains(&lab_name()) {
+                Lab::open(&lab_name())?.down();
             }
             Ok(0)
         }
@@ -130,7 +130,12 @@ fn run(command: Command) -> Result<i32> {
 }
 
 fn in_host(host: &str, command: &[OsString]) -> Result<i32> {
-    let lab = Lab::open("lab")?;
+    let lab = Lab::open(&lab_name())?;
     let status = lab.host(host)?.command(command).status()?;
     Ok(status.code().unwrap_or(1))
+}
+
+/// The lab that `up`, `exec` and `down` mean: several can be up at once.
+fn lab_name() -> String {
+    std::env::var("LONGHAUL_LAB").unwrap_or_else(|_| "lab".to_owned())
 }
