@@ -5,10 +5,15 @@
 //! given that capability, as in many sandboxes, could move no container with a task that is not root's.
 //! The same limits stand in `/proc/<pid>/limits` (proc_pid_limits(5)), readable with ptrace rights, which CRIU
 //! needs anyway: where prlimit(2) is refused, they are read there.
+//!
+//! CRIU makes that call through the C library's `syscall` function (`dump_task_rlimits` in criu/cr-dump.c, 4.2), so that
+//! is the function that is stood in for. Everything else goes on to the real one, untouched.
 
+use std::ffi::CStr;
 use std::fs;
+use std::sync::OnceLock;
 
-use libc::{c_int, pid_t, rlimit64};
+use libc::{c_long, pid_t, rlimit64};
 
 /// Names in `/proc/<pid>/limits`, by the resource's number (fs/proc/base.c, asm-generic/resource.h).
 const NAMES: [&str; 16] = [
@@ -30,34 +35,65 @@ const NAMES: [&str; 16] = [
     "Max realtime timeout",
 ];
 
+/// `syscall(3)` with as many arguments as a system call can have. The C function is variadic: arguments that were not
+/// given hold whatever their registers held, which the kernel does not look at.
+type Syscall = unsafe extern "C" fn(c_long, c_long, c_long, c_long, c_long, c_long, c_long) -> c_long;
+
+/// The C library's own.
+fn real() -> Option<Syscall> {
+    static REAL: OnceLock<Option<Syscall>> = OnceLock::new();
+    const NAME: &CStr = c"syscall";
+    *REAL.get_or_init(|| {
+        // SAFETY: the name is a C string; RTLD_NEXT asks for the definition after this library's.
+        let found = unsafe { libc::dlsym(libc::RTLD_NEXT, NAME.as_ptr()) };
+        if found.is_null() {
+            return None;
+        }
+        // SAFETY: the symbol is the C library's syscall(3), which takes these arguments in these registers.
+        Some(unsafe { std::mem::transmute::<*mut libc::c_void, Syscall>(found) })
+    })
+}
+
 /// Stands in for the C library's function in CRIU's process.
 ///
 /// # Safety
-/// As prlimit(2): each pointer is null or valid.
+/// As for the system call that is asked for.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn prlimit64(
-    pid: pid_t,
-    resource: c_int,
-    new_limit: *const rlimit64,
-    old_limit: *mut rlimit64,
-) -> c_int {
-    // SAFETY: the caller's promise is the system call's.
-    let result = unsafe { libc::syscall(libc::SYS_prlimit64, pid, resource, new_limit, old_limit) };
-    // SAFETY: errno is this thread's own.
-    let refused = result < 0 && unsafe { *libc::__errno_location() } == libc::EPERM;
-    if refused
-        && new_limit.is_null()
-        && !old_limit.is_null()
-        && let Some(limit) = read_limit(pid, resource)
-    {
-        // SAFETY: not null, and valid by the caller's promise.
-        unsafe { old_limit.write(limit) };
-        return 0;
+pub unsafe extern "C" fn syscall(
+    number: c_long,
+    a: c_long,
+    b: c_long,
+    c: c_long,
+    d: c_long,
+    e: c_long,
+    f: c_long,
+) -> c_long {
+    let Some(real) = real() else {
+        // SAFETY: errno is this thread's own.
+        unsafe { *libc::__errno_location() = libc::ENOSYS };
+        return -1;
+    };
+    // SAFETY: the caller's promise is passed on.
+    let result = unsafe { real(number, a, b, c, d, e, f) };
+    if number != libc::SYS_prlimit64 || result >= 0 {
+        return result;
     }
-    if result < 0 { -1 } else { 0 }
+    // SAFETY: errno is this thread's own.
+    let errno = unsafe { *libc::__errno_location() };
+    let (pid, resource, new_limit, old_limit) = (a, b, c, d as *mut rlimit64);
+    if errno == libc::EPERM && new_limit == 0 && !old_limit.is_null() {
+        if let Some(limit) = read_limit(pid as pid_t, resource) {
+            // SAFETY: not null, and a place for a limit by the caller's promise.
+            unsafe { old_limit.write(limit) };
+            return 0;
+        }
+        // SAFETY: errno is this thread's own.
+        unsafe { *libc::__errno_location() = errno };
+    }
+    result
 }
 
-fn read_limit(pid: pid_t, resource: c_int) -> Option<rlimit64> {
+fn read_limit(pid: pid_t, resource: c_long) -> Option<rlimit64> {
     let name = NAMES.get(usize::try_from(resource).ok()?)?;
     let text = fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
     let values = text.lines().find_map(|line| line.strip_prefix(name))?;
