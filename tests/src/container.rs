@@ -74,11 +74,15 @@ impl ContainerSpec {
                  {bundle}/rootfs/var/lib {bundle}/rootfs/var/log {bundle}/rootfs/run"
             ))?,
         };
+        if self.command.iter().any(|word| word == "lab-tool") {
+            let root = if self.rootfs == Rootfs::Overlay { "upper" } else { "rootfs" };
+            host.sh(&format!("install -D /usr/local/bin/lab-tool {bundle}/{root}/usr/local/bin/lab-tool"))?;
+        }
         let config = self.config(host)?;
         std::fs::write(host.path(&format!("{bundle}/config.json")), serde_json::to_vec_pretty(&config)?)
             .context("write config.json")?;
         host.sh(&format!("runc create --bundle {bundle} {name} </dev/null >>{} 2>&1", self.log()))
-            .with_context(|| host.sh(&format!("cat {}", self.log())).unwrap_or_default())?;
+            .with_context(|| std::fs::read_to_string(host.path(&self.log())).unwrap_or_default())?;
         if let Some(address) = self.address {
             host.sh(&self.network_script(address))?;
         }

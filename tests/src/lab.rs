@@ -97,6 +97,8 @@ impl Lab {
             lifeline: lifeline.map(AsRawFd::as_raw_fd),
         };
         lab.switch = spawn_init(&switch_spec, &[])?;
+        // Saved at every step, so that a lab that is cut off half-way up can be removed.
+        lab.save()?;
         lab.in_switch(&["ip", "link", "add", "lan", "type", "bridge"])?;
         lab.in_switch(&["ip", "link", "set", "lan", "up"])?;
         let names: Vec<(String, Ipv4Addr)> = (1..=hosts)
@@ -136,6 +138,7 @@ impl Lab {
         let host = self.hosts.last_mut().context("just pushed")?;
         host.init = spawn_init(&spec, &host.cgroups.procs_files())?;
         let host = host.clone();
+        self.save()?;
         let port = format!("p-{}", host.name);
         let init = host.init.to_string();
         self.in_switch(&["ip", "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &init])?;
@@ -180,6 +183,17 @@ impl Lab {
             .flatten()
             .filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".json").map(str::to_owned))
             .collect()
+    }
+
+    /// Removes the labs that this process owns: it is about to end.
+    pub fn remove_own() {
+        for name in Self::list() {
+            if let Ok(mut lab) = Self::open(&name)
+                && lab.owner == Some(std::process::id().cast_signed())
+            {
+                lab.down();
+            }
+        }
     }
 
     /// Removes what labs of ended processes left (a lab that was killed with SIGKILL).

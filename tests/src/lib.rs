@@ -6,9 +6,12 @@
 
 pub mod agents;
 pub mod cgroup;
+pub mod client;
 pub mod container;
 pub mod enter;
+pub mod harness;
 pub mod host_init;
 pub mod image;
 pub mod lab;
 pub mod machine;
+pub mod scenarios;

@@ -7,8 +7,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use longhaul_lab::container::{ContainerSpec, Rootfs};
+use longhaul_lab::harness::Counts;
 use longhaul_lab::lab::Lab;
-use longhaul_lab::{agents, enter, host_init, machine};
+use longhaul_lab::{agents, enter, harness, scenarios, host_init, machine};
 
 #[derive(Parser)]
 #[command(name = "cargo lab", about = "Two real hosts on one machine: demo, tests, benchmarks", version)]
@@ -19,6 +20,11 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Run the unit tests and every scenario; with a word, only scenarios whose name has it
+    Test {
+        /// Part of a scenario's name; `unit` for the unit tests alone
+        filter: Option<String>,
+    },
     /// Bring up hosts that stay up
     Up {
         /// How many hosts
@@ -87,6 +93,7 @@ fn run(command: Command) -> Result<i32> {
     match command {
         Command::HostInit { spec } => host_init::run(&serde_json::from_str(&spec)?),
         Command::Enter { pid, cgroup, command } => enter::run(pid, &cgroup, &command),
+        Command::Test { filter } => test(filter.as_deref()),
         Command::Up { hosts } => {
             machine::check()?;
             machine::install_tools()?;
@@ -127,6 +134,47 @@ fn run(command: Command) -> Result<i32> {
             Ok(0)
         }
     }
+}
+
+fn test(filter: Option<&str>) -> Result<i32> {
+    machine::check()?;
+    machine::install_tools()?;
+    end_labs_on_signal();
+    Lab::sweep();
+    agents::build()?;
+    let mut counts = Counts::default();
+    if matches!(filter, None | Some("unit")) {
+        counts = harness::run_unit_tests()?;
+    }
+    if filter != Some("unit") {
+        let scenarios = harness::run_scenarios(&scenarios::all(), filter.unwrap_or_default())?;
+        counts.passed += scenarios.passed;
+        counts.failed += scenarios.failed;
+    }
+    println!("{} passed, {} failed", counts.passed, counts.failed);
+    Ok(i32::from(counts.failed > 0 || counts.passed == 0))
+}
+
+/// A Ctrl-C or a kill must leave nothing: the labs of this process are taken down before it ends.
+fn end_labs_on_signal() {
+    std::thread::spawn(|| {
+        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+        runtime.block_on(async {
+            use tokio::signal::unix::{SignalKind, signal};
+            let (Ok(mut interrupt), Ok(mut terminate)) =
+                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+            else {
+                return;
+            };
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            eprintln!("lab: taking the hosts down");
+            Lab::remove_own();
+            std::process::exit(130);
+        });
+    });
 }
 
 fn in_host(host: &str, command: &[OsString]) -> Result<i32> {
