@@ -70,6 +70,11 @@ impl Freezer {
         Ok(tasks)
     }
 
+    /// Whether a task is in it or below.
+    pub fn contains(&self, pid: i32) -> bool {
+        Self::of(pid).is_ok_and(|other| other.dir.starts_with(&self.dir))
+    }
+
     /// Whether tasks are in cgroups below it.
     pub fn is_nested(&self) -> Result<bool, CgroupError> {
         let own = read(&self.dir.join("cgroup.procs"))?.lines().count();

@@ -294,7 +294,9 @@ pub enum DescriptionError {
     #[error("the container description can't be read")]
     Json(#[from] serde_json::Error),
     /// Another version.
-    #[error("the container description has version {0}; this agent knows {VERSION}: upgrade the older of the two agents")]
+    #[error(
+        "the container description has version {0}; this agent knows {VERSION}: upgrade the older of the two agents"
+    )]
     Version(u32),
     /// A field that could lead outside what it names.
     #[error("the container description's {field} {value:?} is not acceptable: {why}")]

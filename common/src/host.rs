@@ -161,7 +161,10 @@ pub fn compare(source: &Capabilities, destination: &Capabilities) -> Vec<Obstacl
     if !missing.is_empty() {
         obstacles.push(Obstacle::new(
             place,
-            format!("its processor lacks {}: a program that found them here may stop with SIGILL there", missing.join(", ")),
+            format!(
+                "its processor lacks {}: a program that found them here may stop with SIGILL there",
+                missing.join(", ")
+            ),
             "choose a destination whose processor has them",
         ));
     }
@@ -171,9 +174,9 @@ pub fn compare(source: &Capabilities, destination: &Capabilities) -> Vec<Obstacl
 /// Whether a program can have chosen its code by this flag. The others describe the kernel, the hypervisor or errata.
 fn is_visible_to_programs(feature: &str) -> bool {
     const PREFIXES: [&str; 32] = [
-        "sse", "ssse", "avx", "fma", "bmi", "aes", "vaes", "pclmul", "vpclmul", "popcnt", "abm", "adx", "sha", "movbe", "f16c",
-        "rdrand", "rdseed", "rdpid", "rdtscp", "xsave", "fsgsbase", "gfni", "amx", "clflush", "clwb", "mmx", "fxsr", "cx16",
-        "lahf", "erms", "fsrm", "pku",
+        "sse", "ssse", "avx", "fma", "bmi", "aes", "vaes", "pclmul", "vpclmul", "popcnt", "abm", "adx", "sha", "movbe",
+        "f16c", "rdrand", "rdseed", "rdpid", "rdtscp", "xsave", "fsgsbase", "gfni", "amx", "clflush", "clwb", "mmx",
+        "fxsr", "cx16", "lahf", "erms", "fsrm", "pku",
     ];
     // arm64 names are all instruction sets.
     cfg!(target_arch = "aarch64") || PREFIXES.iter().any(|prefix| feature.starts_with(prefix))

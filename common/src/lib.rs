@@ -12,6 +12,7 @@ pub mod description;
 pub mod host;
 pub mod journal;
 pub mod layers;
+pub mod leftovers;
 pub mod memory_dir;
 pub mod moved;
 pub mod net;

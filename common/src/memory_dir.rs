@@ -29,16 +29,21 @@ pub fn mount(path: &Path) -> Result<MemoryDir, MemoryDirError> {
     fs::create_dir_all(path).map_err(wrap)?;
     if !is_mount_point(path) {
         // Half of memory, the kernel's default, would stop a container that fills more than that.
-        mount_fs(Some("longhaul"), path, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=700,size=90%"))
-            .map_err(|errno| wrap(errno.into()))?;
+        mount_fs(
+            Some("longhaul"),
+            path,
+            Some("tmpfs"),
+            MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+            Some("mode=700,size=90%"),
+        )
+        .map_err(|errno| wrap(errno.into()))?;
     }
     Ok(MemoryDir { path: path.to_owned() })
 }
 
 fn is_mount_point(path: &Path) -> bool {
-    fs::read_to_string("/proc/self/mountinfo").is_ok_and(|text| {
-        text.lines().any(|line| line.split(' ').nth(4).is_some_and(|mount| Path::new(mount) == path))
-    })
+    fs::read_to_string("/proc/self/mountinfo")
+        .is_ok_and(|text| text.lines().any(|line| line.split(' ').nth(4).is_some_and(|mount| Path::new(mount) == path)))
 }
 
 impl Drop for MemoryDir {

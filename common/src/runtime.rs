@@ -80,6 +80,11 @@ impl Runtime {
         &self.program
     }
 
+    /// Where it keeps a container's state, unless it was built to keep it elsewhere.
+    pub fn state_dir(&self, id: &str) -> PathBuf {
+        self.root.clone().unwrap_or_else(|| PathBuf::from("/run/runc")).join(id)
+    }
+
     /// A call of it, with nothing on its standard input.
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
@@ -106,8 +111,8 @@ impl Runtime {
     pub async fn list(&self) -> Result<Vec<State>, RuntimeError> {
         let words = ["list", "--format", "json"];
         let text = self.run(&words).await?;
-        let list: Option<Vec<State>> =
-            serde_json::from_str(&text).map_err(|source| RuntimeError::Answer { command: self.line(&words), source })?;
+        let list: Option<Vec<State>> = serde_json::from_str(&text)
+            .map_err(|source| RuntimeError::Answer { command: self.line(&words), source })?;
         Ok(list.unwrap_or_default())
     }
 

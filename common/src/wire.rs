@@ -161,10 +161,9 @@ fn entry_of(message: peer::TreeEntry) -> Result<Entry, WireError> {
     let (major, minor) = (message.major, message.minor);
     let kind = match message.kind() {
         peer::EntryKind::Unspecified => return Err(WireError::Kind(message.kind)),
-        peer::EntryKind::File => EntryKind::File {
-            size: message.size,
-            content: if message.patch { Content::Patch } else { Content::Whole },
-        },
+        peer::EntryKind::File => {
+            EntryKind::File { size: message.size, content: if message.patch { Content::Patch } else { Content::Whole } }
+        }
         peer::EntryKind::Directory => EntryKind::Dir,
         peer::EntryKind::Symlink => EntryKind::Symlink { target: target(message.target) },
         peer::EntryKind::CharDevice => EntryKind::CharDevice { major, minor },

@@ -15,6 +15,7 @@ use longhaul_common::criu::keep_logs;
 use longhaul_common::description::Description;
 use longhaul_common::journal::{Journal, JournalError};
 use longhaul_common::layers::LayerDigests;
+use longhaul_common::leftovers::end_restore;
 use longhaul_common::net::Neighbour;
 use longhaul_common::tree::{TreeError, TreeItem, Writer};
 use serde::{Deserialize, Serialize};
@@ -22,8 +23,9 @@ use thiserror::Error;
 use tokio::sync::Mutex;
 
 use crate::images::{ImageError, ImageWriter};
+use crate::one_file::{OneFile, OneFileError};
 use crate::preflight::Findings;
-use crate::restore::{Armed, RestoreError};
+use crate::restore::{Armed, RestoreError, hold_socket};
 use crate::staging::{Made, Staging, StagingError, Target, layer_store, undo};
 
 /// A step that failed, or was not due.
@@ -42,9 +44,9 @@ pub enum ArrivalError {
     /// A tree that is not expected.
     #[error("the peer pushed tree {0}, which this migration does not have or does not need")]
     Tree(u32),
-    /// A name other than the one file's.
-    #[error("the peer pushed more than the one file {0:?}")]
-    OneFile(PathBuf),
+    /// A single file.
+    #[error(transparent)]
+    OneFile(#[from] OneFileError),
     /// A layer is not what it was said to be.
     #[error("a layer arrived with digest {got}, not {expected}")]
     Layer {
@@ -145,10 +147,39 @@ pub struct Arrival {
 #[derive(Default)]
 struct Writers {
     open: bool,
-    trees: HashMap<u32, Writer>,
+    trees: HashMap<u32, TreeWriter>,
     targets: Vec<Option<Target>>,
     images_dir: PathBuf,
     images_arrived: Option<u64>,
+}
+
+/// Writes what is pushed: a tree, or a file in place.
+enum TreeWriter {
+    Tree(Box<Writer>),
+    File(OneFile),
+}
+
+impl TreeWriter {
+    fn open(target: &Target) -> Result<Self, TreeError> {
+        Ok(match &target.only {
+            Some(name) => Self::File(OneFile::new(&target.root, name)),
+            None => Self::Tree(Box::new(Writer::open(&target.root, target.kind)?)),
+        })
+    }
+
+    fn apply(&mut self, item: TreeItem) -> Result<(), ArrivalError> {
+        match self {
+            Self::Tree(writer) => Ok(writer.apply(item)?),
+            Self::File(file) => Ok(file.apply(item)?),
+        }
+    }
+
+    fn finish(&mut self) -> Result<(), ArrivalError> {
+        match self {
+            Self::Tree(writer) => Ok(writer.finish()?),
+            Self::File(file) => Ok(file.finish()?),
+        }
+    }
 }
 
 enum State {
@@ -365,7 +396,7 @@ impl Arrival {
     }
 
     /// Where a tree goes; an error if it is not to be pushed now.
-    fn writer(&self, tree: u32) -> Result<(Writer, Target), ArrivalError> {
+    fn writer(&self, tree: u32) -> Result<(TreeWriter, Target), ArrivalError> {
         let mut writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if !writers.open {
             return Err(ArrivalError::OutOfTurn { got: "a tree", state: "not taking files", expected: "Prepare" });
@@ -373,7 +404,7 @@ impl Arrival {
         let target = writers.targets.get(tree as usize).cloned().flatten().ok_or(ArrivalError::Tree(tree))?;
         let writer = match writers.trees.remove(&tree) {
             Some(writer) => writer,
-            None => Writer::open(&target.root, target.kind)?,
+            None => TreeWriter::open(&target)?,
         };
         Ok((writer, target))
     }
@@ -388,14 +419,6 @@ impl Arrival {
         let (mut count, mut bytes) = (0, 0);
         for item in items {
             let item = item?;
-            if let (Some(only), TreeItem::Entry(entry)) = (&target.only, &item)
-                && entry.path != *only
-            {
-                return Err(ArrivalError::OneFile(target.root.join(String::from_utf8_lossy(only).as_ref())));
-            }
-            if target.only.is_some() && matches!(item, TreeItem::Removed { .. }) {
-                return Err(ArrivalError::OneFile(target.root.clone()));
-            }
             if let TreeItem::Data { bytes: data, .. } = &item {
                 bytes += data.len() as u64;
             }
@@ -467,6 +490,7 @@ pub async fn recover(config: &DestConfig, journal: &Journal) {
             continue;
         }
         tracing::warn!(migration, container = record.container, "undoing an arrival that was cut off");
+        end_restore(&hold_socket(&record.made.run), &runtime.state_dir(&record.container));
         if let Err(error) = runtime.delete(&record.container).await {
             tracing::debug!(%error, "the runtime had nothing to delete");
         }

@@ -7,6 +7,7 @@
 
 pub mod arrival;
 pub mod images;
+pub mod one_file;
 pub mod preflight;
 pub mod restore;
 pub mod service;

@@ -122,7 +122,7 @@ fn disk(config: &DestConfig, container: &Description, obstacles: &mut Vec<Obstac
     for (path, needed) in [(Path::new(root), container.disk_bytes), (config.paths.state.as_path(), 1 << 20)] {
         let Some(place) = existing(path) else { continue };
         let Ok(stat) = statvfs(&place) else { continue };
-        let free = stat.blocks_available() as u64 * stat.fragment_size() as u64;
+        let free = stat.blocks_available() * stat.fragment_size();
         if needed > free {
             obstacles.push(Obstacle::new(
                 format!("disk at {}", place.display()),
@@ -179,9 +179,9 @@ fn layers(config: &DestConfig, digests: &LayerDigests, container: &Description, 
     let Rootfs::Overlay { lowers, .. } = &container.rootfs else { return };
     for layer in lowers {
         let stored = layer_store(&config.paths).join(&layer.digest);
-        let found = [Path::new(&layer.path), stored.as_path()].into_iter().find(|path| {
-            path.is_dir() && digests.digest(path).is_ok_and(|digest| digest == layer.digest)
-        });
+        let found = [Path::new(&layer.path), stored.as_path()]
+            .into_iter()
+            .find(|path| path.is_dir() && digests.digest(path).is_ok_and(|digest| digest == layer.digest));
         match found {
             Some(path) => {
                 findings.layers.insert(layer.digest.clone(), path.to_owned());

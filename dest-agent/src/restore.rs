@@ -76,7 +76,7 @@ impl Armed {
         container: &Description,
         staging: &Staging,
     ) -> Result<Self, RestoreError> {
-        let listener = HoldListener::bind(&staging.made.run.join("hold.sock"))?;
+        let listener = HoldListener::bind(&hold_socket(&staging.made.run))?;
         let log = staging.work().join("runtime.log");
         let path = path_with_hold(&staging.made.run, &engine.hold)
             .map_err(|source| RestoreError::Start { program: engine.hold.clone(), source })?;
@@ -88,9 +88,8 @@ impl Armed {
         command.env("PATH", path).env(SOCKET_ENV, listener.path()).env(CRIU_ENV, &engine.criu);
         let (stdout, stderr) = (output(container, 1)?, output(container, 2)?);
         command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
-        let mut child = command
-            .spawn()
-            .map_err(|source| RestoreError::Start { program: engine.runc.clone(), source })?;
+        let mut child =
+            command.spawn().map_err(|source| RestoreError::Start { program: engine.runc.clone(), source })?;
         let accepted = tokio::select! {
             accepted = tokio::time::timeout(START_DEADLINE, listener.accept()) => accepted,
             _ = child.wait() => return Err(RestoreError::Runtime(runtime_message(&log))),
@@ -158,6 +157,11 @@ impl Armed {
         let runtime = runtime_message(&self.log);
         RestoreError::Criu(found.unwrap_or_else(|| if error.is_empty() { runtime } else { error.to_owned() }))
     }
+}
+
+/// Where the hold of one arrival finds its agent.
+pub fn hold_socket(run: &Path) -> PathBuf {
+    run.join("hold.sock")
 }
 
 /// CRIU's last notification before tasks run: everything that can fail has been done.

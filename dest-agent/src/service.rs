@@ -88,10 +88,7 @@ type Replies = Pin<Box<dyn tokio_stream::Stream<Item = Result<peer::DestinationM
 impl Peer for PeerService {
     type SessionStream = Replies;
 
-    async fn hello(
-        &self,
-        request: tonic::Request<peer::HelloRequest>,
-    ) -> Result<Response<peer::HelloReply>, Status> {
+    async fn hello(&self, request: tonic::Request<peer::HelloRequest>) -> Result<Response<peer::HelloReply>, Status> {
         self.admit(&request)?;
         Ok(Response::new(peer::HelloReply { destination: Some(self.capabilities.clone().into()) }))
     }
@@ -149,7 +146,8 @@ impl Peer for PeerService {
             let _ = send.send(Err(WireError::Truncated("tree").into())).await;
         }
         drop(send);
-        let (items, bytes) = applied.await.map_err(|_| Status::internal("the writing thread panicked"))?.map_err(refuse)?;
+        let (items, bytes) =
+            applied.await.map_err(|_| Status::internal("the writing thread panicked"))?.map_err(refuse)?;
         Ok(Response::new(peer::PushReply { items, bytes }))
     }
 
@@ -167,10 +165,10 @@ impl Peer for PeerService {
         // Written by this task: a chunk goes to memory in less time than a hand-over to another thread takes.
         while let Some(message) = stream.message().await? {
             match message.message {
-                Some(ImagePart::Chunk(chunk)) => writer.chunk(&chunk).map_err(|error| refuse(error.into()))?,
-                Some(ImagePart::Close(close)) => writer.close(&close).map_err(|error| refuse(error.into()))?,
+                Some(ImagePart::Chunk(chunk)) => writer.chunk(&chunk).map_err(refuse)?,
+                Some(ImagePart::Close(close)) => writer.close(&close).map_err(refuse)?,
                 Some(ImagePart::End(end)) => {
-                    let (items, bytes) = writer.finish(end.files).map_err(|error| refuse(error.into()))?;
+                    let (items, bytes) = writer.finish(end.files).map_err(refuse)?;
                     arrival.images_arrived(items);
                     return Ok(Response::new(peer::PushReply { items, bytes }));
                 }
@@ -207,9 +205,7 @@ impl Peer for PeerService {
                     made: crate::staging::Made::default(),
                 };
                 // Durable before it is said: this epoch is refused from now on.
-                self.journal
-                    .write(&asked.migration_id, &record)
-                    .map_err(|error| Status::unavailable(chain(&error)))?;
+                self.journal.write(&asked.migration_id, &record).map_err(|error| Status::unavailable(chain(&error)))?;
                 peer::Outcome::Aborted
             }
         };
@@ -227,9 +223,10 @@ impl From<WireError> for ArrivalError {
     }
 }
 
-fn refuse(error: ArrivalError) -> Status {
-    tracing::warn!(error = chain(&error), "refused what a peer pushed");
-    Status::invalid_argument(chain(&error))
+fn refuse(error: impl Into<ArrivalError>) -> Status {
+    let reason = chain(&error.into());
+    tracing::warn!(reason, "refused what a peer pushed");
+    Status::invalid_argument(reason)
 }
 
 /// One control stream.
@@ -279,7 +276,12 @@ impl Session {
         let mut findings = preflight::examine(&self.config, &self.digests, &container).await;
         self.claim(&container, &mut findings);
         let accepted = findings.obstacles.is_empty() && !offer.dry_run;
-        tracing::info!(container = container.id, obstacles = findings.obstacles.len(), dry_run = offer.dry_run, "offered");
+        tracing::info!(
+            container = container.id,
+            obstacles = findings.obstacles.len(),
+            dry_run = offer.dry_run,
+            "offered"
+        );
         let arrival = Arc::new(Arrival::new(
             self.config.clone(),
             self.journal.clone(),

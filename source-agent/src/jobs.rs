@@ -127,7 +127,8 @@ impl Jobs {
         let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         let mut running = all.iter().filter(|job| {
             let report = job.report();
-            report.outcome == Outcome::Running && (which.is_empty() || report.migration == which || report.container == which)
+            report.outcome == Outcome::Running
+                && (which.is_empty() || report.migration == which || report.container == which)
         });
         let first = running.next().ok_or_else(|| JobError::Unknown(which.to_owned()))?;
         if running.next().is_some() {

@@ -253,7 +253,14 @@ impl Trip {
         let report = self.job.report();
         match &report.error {
             Some(error) => tracing::warn!(outcome = ?outcome, error, "migration ended"),
-            None => tracing::info!(outcome = ?outcome, total_ms = report.total_ms, downtime_ms = report.downtime_ms, "migration ended"),
+            None => {
+                tracing::info!(
+                    outcome = ?outcome,
+                    total_ms = report.total_ms,
+                    downtime_ms = report.downtime_ms,
+                    "migration ended"
+                );
+            }
         }
         self.job.tell(JobEvent::Finished(Box::new(report)));
     }
@@ -261,8 +268,7 @@ impl Trip {
     async fn negotiate(&self) -> Result<Negotiated, MigrationError> {
         // A container that isn't there is the likelier mistake, and costs nobody a connection.
         self.env.config.engine.runtime().state(&self.container).await.map_err(InspectError::from)?;
-        let (peer, theirs) =
-            Peer::connect(&self.env.identity, &self.address, self.env.capabilities.clone()).await?;
+        let (peer, theirs) = Peer::connect(&self.env.identity, &self.address, self.env.capabilities.clone()).await?;
         let ours = &self.env.capabilities;
         self.job.note(|report| {
             for (side, host) in [("source", ours), ("destination", &theirs)] {

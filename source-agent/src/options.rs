@@ -58,7 +58,8 @@ impl std::str::FromStr for VolumeRule {
 impl Options {
     /// The rule for the mount at `destination`.
     pub fn volume(&self, destination: &str) -> VolumeChoice {
-        let exact = self.volumes.iter().find(|rule| rule.mount.trim_end_matches('/') == destination.trim_end_matches('/'));
+        let exact =
+            self.volumes.iter().find(|rule| rule.mount.trim_end_matches('/') == destination.trim_end_matches('/'));
         let any = || self.volumes.iter().find(|rule| rule.mount == "*");
         exact.or_else(any).map_or(VolumeChoice::Refuse, |rule| rule.choice)
     }

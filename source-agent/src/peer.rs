@@ -134,7 +134,10 @@ impl Peer {
     }
 
     /// All images.
-    pub async fn push_images(&self, messages: mpsc::Receiver<peer::ImageMessage>) -> Result<peer::PushReply, PeerError> {
+    pub async fn push_images(
+        &self,
+        messages: mpsc::Receiver<peer::ImageMessage>,
+    ) -> Result<peer::PushReply, PeerError> {
         let mut bulk = self.bulk.clone();
         let reply = bulk.push_images(ReceiverStream::new(messages)).await;
         reply.map(tonic::Response::into_inner).map_err(|status| self.status(&status))
@@ -155,7 +158,7 @@ impl Peer {
         }
         match status.code() {
             tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Cancelled => {
-                PeerError::Broken { host, message: longhaul_common::chain(status) }
+                PeerError::Broken { host, message: root_cause(status) }
             }
             _ => PeerError::Refused { host, message: status.message().to_owned() },
         }
@@ -251,7 +254,7 @@ impl Session {
                 .await
                 .map_err(|_| PeerError::Silent { host: self.host.clone() })?;
             let broken = |message: String| PeerError::Broken { host: self.host.clone(), message };
-            let message = next.map_err(|status| broken(longhaul_common::chain(&status)))?;
+            let message = next.map_err(|status| broken(root_cause(&status)))?;
             match message.and_then(|message| message.message) {
                 Some(Reply::Heartbeat(_)) => {}
                 Some(Reply::Failed(failed)) => {
@@ -267,6 +270,23 @@ impl Session {
         let got = format!("{got:?}").chars().take(60).collect();
         PeerError::OutOfTurn { host: self.host.clone(), got, expected }
     }
+}
+
+/// What lies at the bottom of a broken connection, in words: the layers above only repeat it.
+fn root_cause(status: &Status) -> String {
+    let mut cause: &dyn std::error::Error = status;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    let text = if cause.source().is_none() && std::ptr::addr_eq(cause, status) {
+        status.message().to_owned()
+    } else {
+        cause.to_string()
+    };
+    if text.contains("close_notify") || text.contains("reading a body") {
+        return "it was cut off in the middle of the migration".to_owned();
+    }
+    text
 }
 
 fn timings(wire: Vec<peer::Timing>) -> Timings {

@@ -49,11 +49,19 @@ pub async fn recover(journal: &Journal) -> Vec<(String, Record)> {
     for (migration, record) in journal.all::<Record>() {
         match record.phase {
             RecordPhase::Committing => {
-                tracing::warn!(migration, container = record.container, "in doubt: the container stays frozen until its destination answers");
+                tracing::warn!(
+                    migration,
+                    container = record.container,
+                    "in doubt: the container stays frozen until its destination answers"
+                );
                 in_doubt.push((migration, record));
             }
             RecordPhase::Frozen => {
-                tracing::warn!(migration, container = record.container, "thawing a container that a killed agent left frozen");
+                tracing::warn!(
+                    migration,
+                    container = record.container,
+                    "thawing a container that a killed agent left frozen"
+                );
                 release_criu(&record, false).await;
                 thaw(&record);
                 let _ = std::fs::remove_dir_all(&record.dir);

@@ -30,8 +30,7 @@ pub async fn retire(runtime: &Runtime, container: &Description, migration: &str,
     let copied = container.volumes.iter().filter(|volume| volume.mode == VolumeMode::Copy);
     paths.extend(copied.map(|volume| PathBuf::from(&volume.source)));
     paths.extend(container.copied_files().into_iter().map(PathBuf::from));
-    let moved =
-        Moved { container: container.id.clone(), migration: migration.to_owned(), to: to.to_owned(), paths };
+    let moved = Moved { container: container.id.clone(), migration: migration.to_owned(), to: to.to_owned(), paths };
     if let Err(error) = moved.write(Path::new(&container.bundle)) {
         tracing::warn!(%error, bundle = container.bundle, "can't mark the stale copy: a return of the container will be refused");
     }

@@ -120,9 +120,9 @@ impl AgentService {
 }
 
 fn with_port(address: &str) -> String {
-    let has_port = address.rsplit_once(':').is_some_and(|(name, port)| {
-        port.parse::<u16>().is_ok() && (!name.contains(':') || name.ends_with(']'))
-    });
+    let has_port = address
+        .rsplit_once(':')
+        .is_some_and(|(name, port)| port.parse::<u16>().is_ok() && (!name.contains(':') || name.ends_with(']')));
     if has_port {
         address.to_owned()
     } else if address.contains(':') && !address.starts_with('[') {

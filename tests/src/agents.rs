@@ -135,7 +135,8 @@ pub fn start(host: &Host, agent: Agent) -> Result<()> {
 /// Ends an agent and waits until it is gone.
 pub fn stop(host: &Host, agent: Agent) -> Result<()> {
     let program = agent.program();
-    host.sh(&format!("pkill -TERM -x {program} || true; while pgrep -x {program} >/dev/null; do sleep 0.02; done")).map(drop)
+    host.sh(&format!("pkill -TERM -x {program} || true; while pgrep -x {program} >/dev/null; do sleep 0.02; done"))
+        .map(drop)
 }
 
 /// Waits until both agents answer.

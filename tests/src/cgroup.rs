@@ -31,8 +31,10 @@ pub fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
         let hierarchy = match *fstype {
             "cgroup2" => Hierarchy { mount: mount.into(), unified: true, options: String::new() },
             "cgroup" => {
-                let names: Vec<&str> =
-                    options.split(',').filter(|option| !matches!(*option, "rw" | "ro" | "xattr" | "clone_children")).collect();
+                let names: Vec<&str> = options
+                    .split(',')
+                    .filter(|option| !matches!(*option, "rw" | "ro" | "xattr" | "clone_children"))
+                    .collect();
                 let options = names.join(",");
                 let options = if options.starts_with("name=") { format!("none,{options}") } else { options };
                 Hierarchy { mount: mount.into(), unified: false, options }

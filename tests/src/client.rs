@@ -76,7 +76,10 @@ impl Client {
     pub fn finish(mut self) -> Result<Value> {
         self.terminate();
         let output = self.output();
-        let line = output.lines().find(|line| line.starts_with('{')).with_context(|| format!("{}: no report: {output}", self.name))?;
+        let line = output
+            .lines()
+            .find(|line| line.starts_with('{'))
+            .with_context(|| format!("{}: no report: {output}", self.name))?;
         serde_json::from_str(line).with_context(|| format!("{}: {line}", self.name))
     }
 

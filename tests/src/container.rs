@@ -69,7 +69,7 @@ impl ContainerSpec {
                 "mount -t overlay overlay -o lowerdir=/srv/image,upperdir={bundle}/upper,workdir={bundle}/work {bundle}/rootfs"
             ))?,
             Rootfs::Plain => host.sh(&format!(
-                "cd /srv/image && cp -a --parents bin sbin lib lib64 usr/bin usr/sbin usr/lib etc {bundle}/rootfs/ && \
+                "cd /srv/image && cp -a --parents bin sbin lib lib64 usr/bin usr/sbin usr/lib usr/lib64 etc {bundle}/rootfs/ && \
                  mkdir -p {bundle}/rootfs/proc {bundle}/rootfs/sys {bundle}/rootfs/dev {bundle}/rootfs/tmp {bundle}/rootfs/root \
                  {bundle}/rootfs/var/lib {bundle}/rootfs/var/log {bundle}/rootfs/run"
             ))?,
@@ -95,7 +95,7 @@ impl ContainerSpec {
         let v6 = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 1, u16::from(last));
         format!(
             "pid=$(runc state {name} | sed -n 's/.*\"pid\": \\([0-9]*\\).*/\\1/p'); \
-             ip link add v{last} type veth peer name eth0 address 02:77:00:00:00:{last:02x} netns $pid; \
+             ip link add v{last} address fe:77:00:00:00:{last:02x} type veth peer name eth0 address 02:77:00:00:00:{last:02x} netns $pid; \
              ip link set v{last} master br0 up; \
              nsenter -t $pid -n sh -ec 'ip link set lo up; ip link set eth0 up; ip address add {address}/24 dev eth0; \
              ip -6 address add {v6}/64 dev eth0 nodad; ip route add default via 10.77.0.1'",
@@ -107,8 +107,20 @@ impl ContainerSpec {
         let text = host.sh("cd /tmp && rm -f config.json && runc spec && cat config.json && rm config.json")?;
         let mut config: Value = serde_json::from_str(&text).context("read runc's spec")?;
         let capabilities = json!([
-            "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_MKNOD", "CAP_NET_BIND_SERVICE",
-            "CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT", "CAP_AUDIT_WRITE"
+            "CAP_CHOWN",
+            "CAP_DAC_OVERRIDE",
+            "CAP_FOWNER",
+            "CAP_FSETID",
+            "CAP_KILL",
+            "CAP_MKNOD",
+            "CAP_NET_BIND_SERVICE",
+            "CAP_NET_RAW",
+            "CAP_SETFCAP",
+            "CAP_SETGID",
+            "CAP_SETPCAP",
+            "CAP_SETUID",
+            "CAP_SYS_CHROOT",
+            "CAP_AUDIT_WRITE"
         ]);
         for set in ["bounding", "effective", "permitted"] {
             config["process"]["capabilities"][set] = capabilities.clone();

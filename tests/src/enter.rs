@@ -25,8 +25,8 @@ const NAMESPACES: [(&str, CloneFlags); 6] = [
 ///
 /// A process may enter a PID namespace only for its children: hence the fork.
 pub fn run(pid: i32, cgroup_procs: &[PathBuf], command: &[OsString]) -> Result<i32> {
-    let files = NAMESPACES
-        .map(|(name, flag)| File::open(format!("/proc/{pid}/ns/{name}")).map(|file| (name, file, flag)));
+    let files =
+        NAMESPACES.map(|(name, flag)| File::open(format!("/proc/{pid}/ns/{name}")).map(|file| (name, file, flag)));
     for procs in cgroup_procs {
         std::fs::write(procs, "0").with_context(|| format!("join cgroup {}", procs.display()))?;
     }

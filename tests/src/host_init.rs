@@ -92,8 +92,7 @@ fn enter_root(spec: &HostSpec, image: &Path) -> Result<()> {
     for dir in [&upper, &work, &root] {
         fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
     }
-    let options =
-        format!("lowerdir={},upperdir={},workdir={}", image.display(), upper.display(), work.display());
+    let options = format!("lowerdir={},upperdir={},workdir={}", image.display(), upper.display(), work.display());
     mount(Some("overlay"), &root, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
         .context("mount the host's root overlay")?;
     for dir in REAL_DIRS {
@@ -108,8 +107,14 @@ fn enter_root(spec: &HostSpec, image: &Path) -> Result<()> {
     let lower = root.join("srv/image");
     fs::create_dir_all(&lower)?;
     mount(Some(image), &lower, None::<&str>, MsFlags::MS_BIND, None::<&str>).context("bind the image")?;
-    mount(None::<&str>, &lower, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, None::<&str>)
-        .context("make the image read-only")?;
+    mount(
+        None::<&str>,
+        &lower,
+        None::<&str>,
+        MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY,
+        None::<&str>,
+    )
+    .context("make the image read-only")?;
 
     mount_kernel_filesystems(&root)?;
     make_dev(&root)?;
@@ -149,7 +154,15 @@ fn mount_kernel_filesystems(root: &Path) -> Result<()> {
 fn make_dev(root: &Path) -> Result<()> {
     let dev = root.join("dev");
     mount(Some("tmpfs"), &dev, Some("tmpfs"), MsFlags::MS_NOSUID, Some("mode=755")).context("mount /dev")?;
-    let nodes = [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0), ("fuse", 10, 229)];
+    let nodes = [
+        ("null", 1, 3),
+        ("zero", 1, 5),
+        ("full", 1, 7),
+        ("random", 1, 8),
+        ("urandom", 1, 9),
+        ("tty", 5, 0),
+        ("fuse", 10, 229),
+    ];
     for (name, major, minor) in nodes {
         let node = dev.join(name);
         mknod(&node, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(major, minor))
@@ -157,11 +170,18 @@ fn make_dev(root: &Path) -> Result<()> {
         fs::set_permissions(&node, fs::Permissions::from_mode(0o666))?;
     }
     fs::create_dir(dev.join("net"))?;
-    mknod(&dev.join("net/tun"), SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(10, 200)).context("make /dev/net/tun")?;
-    for (name, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2"), ("ptmx", "pts/ptmx")] {
+    mknod(&dev.join("net/tun"), SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(10, 200))
+        .context("make /dev/net/tun")?;
+    for (name, target) in
+        [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2"), ("ptmx", "pts/ptmx")]
+    {
         symlink(target, dev.join(name))?;
     }
-    for (dir, fstype, data) in [("pts", "devpts", "newinstance,ptmxmode=0666,mode=620"), ("shm", "tmpfs", "mode=1777"), ("mqueue", "mqueue", "")] {
+    for (dir, fstype, data) in [
+        ("pts", "devpts", "newinstance,ptmxmode=0666,mode=620"),
+        ("shm", "tmpfs", "mode=1777"),
+        ("mqueue", "mqueue", ""),
+    ] {
         let target = dev.join(dir);
         fs::create_dir(&target)?;
         mount(Some(fstype), &target, Some(fstype), MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, Some(data))
@@ -223,7 +243,9 @@ fn reap_until_told(lifeline: Option<i32>) -> Result<()> {
                 return Ok(());
             }
         }
-        while matches!(waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive) {}
+        while matches!(waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive)
+        {
+        }
     }
 }
 

@@ -16,9 +16,31 @@ const CACHE: &str = "/var/cache/longhaul-lab";
 
 /// What hosts and workloads need, from Debian 13.
 const PACKAGES: &[&str] = &[
-    "ca-certificates", "iproute2", "nftables", "iptables", "kmod", "procps", "iputils-ping", "iputils-arping",
-    "tcpdump", "conntrack", "strace", "acl", "attr", "libcap2-bin", "runc", "crun", "redis-server", "redis-tools",
-    "nginx-light", "wrk", "memcached", "python3-minimal", "socat", "criu", "libcriu2",
+    "ca-certificates",
+    "iproute2",
+    "nftables",
+    "iptables",
+    "kmod",
+    "procps",
+    "iputils-ping",
+    "iputils-arping",
+    "tcpdump",
+    "conntrack",
+    "strace",
+    "acl",
+    "attr",
+    "libcap2-bin",
+    "runc",
+    "crun",
+    "redis-server",
+    "redis-tools",
+    "nginx-light",
+    "wrk",
+    "memcached",
+    "python3-minimal",
+    "socat",
+    "criu",
+    "libcriu2",
 ];
 
 /// Further runtimes for containers of one's own (`cargo lab up`), on by default since they add little time.
@@ -45,9 +67,8 @@ impl Image {
         fs::create_dir_all(CACHE).with_context(|| format!("create {CACHE}"))?;
         let lock = fs::File::create(Path::new(CACHE).join("lock")).context("create the cache's lock")?;
         // Two labs started at once must not build the same image twice.
-        let _lock = Flock::lock(lock, FlockArg::LockExclusive)
-            .map_err(|(_, errno)| errno)
-            .context("lock the image cache")?;
+        let _lock =
+            Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno).context("lock the image cache")?;
         if !complete_mark(&root).exists() {
             build(&root)?;
         }
@@ -121,14 +142,10 @@ fn debian_mirror() -> Result<String> {
         files.extend(entries.flatten().map(|entry| entry.path()));
     }
     files.sort();
-    files
-        .iter()
-        .filter_map(|file| fs::read_to_string(file).ok())
-        .find_map(|text| archive_in(&text))
-        .context(
-            "no Debian archive found in /etc/apt/sources.list or /etc/apt/sources.list.d: \
+    files.iter().filter_map(|file| fs::read_to_string(file).ok()).find_map(|text| archive_in(&text)).context(
+        "no Debian archive found in /etc/apt/sources.list or /etc/apt/sources.list.d: \
              set LONGHAUL_LAB_MIRROR to the URL of one",
-        )
+    )
 }
 
 /// The first archive in an apt source file whose path ends in `/debian` (security archives hold no sid).

@@ -104,9 +104,10 @@ impl Lab {
         let names: Vec<(String, Ipv4Addr)> = (1..=hosts)
             .map(|n| (format!("host{n}"), Ipv4Addr::new(10, 77, 0, u8::try_from(n).unwrap_or(u8::MAX))))
             .collect();
-        let etc_hosts = names.iter().fold("127.0.0.1 localhost\n::1 localhost\n".to_owned(), |text, (name, address)| {
-            format!("{text}{address} {name}\n")
-        });
+        let etc_hosts =
+            names.iter().fold("127.0.0.1 localhost\n::1 localhost\n".to_owned(), |text, (name, address)| {
+                format!("{text}{address} {name}\n")
+            });
         for (host, address) in names {
             lab.start_host(&image, host, address, &etc_hosts, lifeline)?;
         }
@@ -146,8 +147,9 @@ impl Lab {
         // Containers sit on the same bridge as the host's uplink: their addresses can move between hosts.
         let v6 = format!("fd77::{}/64", host.address.octets()[3]);
         let setup = format!(
-            "ip link set lo up; ip link add br0 type bridge; ip link set eth0 master br0 up; ip link set br0 up; \
+            "ip link set lo up; ip link add br0 address 02:77:01:00:00:{:02x} type bridge; ip link set eth0 master br0 up; ip link set br0 up; \
              ip address add {}/24 dev br0; ip -6 address add {v6} dev br0 nodad",
+            host.address.octets()[3],
             host.address
         );
         host.sh(&setup)?;
@@ -318,11 +320,11 @@ fn spawn_init(spec: &HostSpec, cgroup_procs: &[PathBuf]) -> Result<i32> {
     let mut child = command.spawn().context("start a host")?;
     let stdout = child.stdout.take().context("the host's output")?;
     let mut lines = BufReader::new(stdout).lines();
-    let pid = lines.next().context("the host said nothing")??;
-    let ready = lines.next();
-    if ready.transpose()?.as_deref() != Some("ready") {
-        bail!("host {} did not come up", spec.name);
-    }
+    // Its two halves write one line each, in either order.
+    let said: Vec<String> = lines.by_ref().take(2).collect::<std::io::Result<_>>()?;
+    let pid = said.iter().find(|line| *line != "ready");
+    let (Some(pid), 2) = (pid, said.len()) else { bail!("host {} did not come up", spec.name) };
+    let pid = pid.clone();
     // Reaped by a thread of its own: an init that ended must not stay a zombie of a long test run.
     std::thread::spawn(move || child.wait());
     pid.trim().parse().context("the host's process number")

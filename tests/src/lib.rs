@@ -8,6 +8,7 @@ pub mod agents;
 pub mod cgroup;
 pub mod client;
 pub mod container;
+pub mod demo;
 pub mod enter;
 pub mod harness;
 pub mod host_init;

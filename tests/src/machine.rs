@@ -6,8 +6,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 /// Programs the lab runs outside its hosts, with the Debian package of each.
-const TOOLS: [(&str, &str); 3] =
-    [("mmdebstrap", "mmdebstrap"), ("ip", "iproute2"), ("tar", "tar")];
+const TOOLS: [(&str, &str); 3] = [("mmdebstrap", "mmdebstrap"), ("ip", "iproute2"), ("tar", "tar")];
 
 /// The namespaces a lab host is made of, as `/proc/self/ns` names them.
 const NAMESPACES: [&str; 6] = ["mnt", "pid", "uts", "ipc", "net", "cgroup"];
@@ -54,11 +53,8 @@ fn kernel_version(release: &str) -> Option<(u32, u32)> {
 
 /// Installs the outer tools with apt, if any is missing.
 pub fn install_tools() -> Result<()> {
-    let packages: Vec<&str> = TOOLS
-        .iter()
-        .filter(|(program, _)| find_program(program).is_none())
-        .map(|(_, package)| *package)
-        .collect();
+    let packages: Vec<&str> =
+        TOOLS.iter().filter(|(program, _)| find_program(program).is_none()).map(|(_, package)| *package).collect();
     if packages.is_empty() {
         return Ok(());
     }
@@ -82,10 +78,7 @@ fn find_program(name: &str) -> Option<std::path::PathBuf> {
 
 /// Runs a command to its end; its output is shown only if it fails.
 pub fn run_quiet(command: &mut Command) -> Result<()> {
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("start {:?}", command.get_program()))?;
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("start {:?}", command.get_program()))?;
     if !output.status.success() {
         bail!(
             "{:?} failed ({}):\n{}{}",

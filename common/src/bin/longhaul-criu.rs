@@ -53,7 +53,7 @@ fn serve(runtime: &Rpc, criu: &Path, socket: &Path) -> io::Result<ExitCode> {
         let (mut child, rpc) = start_criu(criu, &Prepare::default())?;
         rpc.send(&request, None)?;
         let (answer, fd) = rpc.receive()?;
-        runtime.send(&answer, fd)?;
+        runtime.send(&answer, fd.as_ref())?;
         drop(rpc);
         return finish(&mut child);
     }
@@ -102,19 +102,18 @@ fn relay(runtime: &Rpc, criu: &Rpc, agent: &mut Agent, held: &[String]) -> io::R
         if response.kind() != RequestType::Notify {
             let error = response.errmsg.clone().unwrap_or_default();
             // The agent learns the end even if the runtime is gone.
-            let told = runtime.send(&bytes, fd);
+            let told = runtime.send(&bytes, fd.as_ref());
             agent.tell(&ToAgent { end: Some(End { success: response.success, error }), ..ToAgent::default() });
             return told;
         }
-        runtime.send(&bytes, fd)?;
+        runtime.send(&bytes, fd.as_ref())?;
         let (mut answer, _) = runtime.receive()?;
         let notify = response.notify.unwrap_or_default();
         let script = notify.script.unwrap_or_default();
         if held.contains(&script) {
             let accepted = Request::decode(answer.as_slice()).is_ok_and(|answer| answer.notify_success == Some(true));
             if accepted && !agent.verdict(&script, notify.pid.unwrap_or_default())? {
-                let refusal =
-                    Request { kind: RequestType::Notify as i32, options: None, notify_success: Some(false) };
+                let refusal = Request { kind: RequestType::Notify as i32, options: None, notify_success: Some(false) };
                 answer = refusal.encode_to_vec();
             }
         }
@@ -128,12 +127,7 @@ fn finish(child: &mut Child) -> io::Result<ExitCode> {
 }
 
 /// The runtime's request with the agent's options appended.
-fn with_addition(
-    mut request: Vec<u8>,
-    decoded: &Request,
-    addition: Option<Options>,
-    dirs: &Directories,
-) -> Vec<u8> {
+fn with_addition(mut request: Vec<u8>, decoded: &Request, addition: Option<Options>, dirs: &Directories) -> Vec<u8> {
     let mut options = addition.unwrap_or_default();
     options.images_dir_fd = dirs.images.as_ref().map(AsRawFd::as_raw_fd);
     options.work_dir_fd = dirs.work.as_ref().map(AsRawFd::as_raw_fd);
@@ -229,8 +223,8 @@ impl Rpc {
         Ok((buffer, fd.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })))
     }
 
-    fn send(&self, bytes: &[u8], fd: Option<OwnedFd>) -> io::Result<()> {
-        let raw = fd.as_ref().map(AsRawFd::as_raw_fd);
+    fn send(&self, bytes: &[u8], fd: Option<&OwnedFd>) -> io::Result<()> {
+        let raw = fd.map(AsRawFd::as_raw_fd);
         let fds = raw.as_slice();
         let control = [ControlMessage::ScmRights(fds)];
         let control = if fds.is_empty() { &[][..] } else { &control[..] };
@@ -295,9 +289,7 @@ impl Agent {
         let message = ToAgent { event: Some(event), ..ToAgent::default() };
         let mut sent = self.write(&message).is_ok();
         loop {
-            if sent
-                && let Ok(ToHold { verdict: Some(verdict), .. }) = self.read()
-            {
+            if sent && let Ok(ToHold { verdict: Some(verdict), .. }) = self.read() {
                 return Ok(verdict);
             }
             self.reconnect(Some(script.to_owned()));

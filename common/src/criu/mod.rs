@@ -70,9 +70,11 @@ mod tests {
     fn harmless_errors_are_no_failure() {
         let dir = tempfile::tempdir().expect("a directory");
         let log = dir.path().join("dump.log");
-        std::fs::write(&log, "(00.1) Error (criu/rlimit.c:40): rlimit: Can't setup RLIMIT_NOFILE for self\n").expect("writes");
+        std::fs::write(&log, "(00.1) Error (criu/rlimit.c:40): rlimit: Can't setup RLIMIT_NOFILE for self\n")
+            .expect("writes");
         assert_eq!(failure_of(&log), None);
-        std::fs::write(&log, "(00.1) Error (criu/a.c:4): it broke\n(00.2) Error (criu/b.c:4): so all broke\n").expect("writes");
+        std::fs::write(&log, "(00.1) Error (criu/a.c:4): it broke\n(00.2) Error (criu/b.c:4): so all broke\n")
+            .expect("writes");
         assert_eq!(failure_of(&log).as_deref(), Some("it broke; so all broke"));
     }
 }

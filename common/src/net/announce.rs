@@ -24,7 +24,10 @@ impl Announcer {
             let name = link.name.clone();
             let socket = netns
                 .enter(move || if_nametoindex(name.as_str()).map_err(std::io::Error::from).and_then(packet_socket))?
-                .map_err(|error| NetError::Link { name: link.name.clone(), why: format!("no packet socket: {error}") })?;
+                .map_err(|error| NetError::Link {
+                    name: link.name.clone(),
+                    why: format!("no packet socket: {error}"),
+                })?;
             let index = announcer.sockets.len();
             announcer.sockets.push(socket);
             for address in content.addresses.iter().filter(|address| address.link == link.name) {
@@ -97,10 +100,8 @@ fn neighbour_advertisement(mac: Mac, ip: Ipv6Addr) -> Vec<u8> {
 
 /// RFC 1071.
 fn internet_checksum(bytes: &[u8]) -> u16 {
-    let mut sum: u32 = bytes
-        .chunks(2)
-        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)])))
-        .sum();
+    let mut sum: u32 =
+        bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]))).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }

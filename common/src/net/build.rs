@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use nix::net::if_::if_nametoindex;
 use serde::Deserialize;
 
-use super::{Announcer, NetError, Neighbour, Netns, Port, run_ip};
+use super::{Announcer, Neighbour, NetError, Netns, Port, run_ip};
 use crate::description::{Link, Namespace};
 
 /// A namespace made for a container that is about to arrive.
@@ -55,7 +55,10 @@ impl BuiltNamespace {
             .iter()
             .filter(|neighbour| links.contains(&neighbour.link.as_str()))
             .map(|neighbour| {
-                format!("neigh replace {} lladdr {} dev {} nud stale\n", neighbour.address, neighbour.mac, neighbour.link)
+                format!(
+                    "neigh replace {} lladdr {} dev {} nud stale\n",
+                    neighbour.address, neighbour.mac, neighbour.link
+                )
             })
             .collect();
         if batch.is_empty() {
@@ -77,7 +80,9 @@ impl BuiltNamespace {
 
     fn set_retransmission(&self, millis: u32) -> Result<(), NetError> {
         self.netns.enter(|| {
-            for (family, link) in ["ipv4", "ipv6"].iter().flat_map(|family| self.links.iter().map(move |link| (family, link))) {
+            for (family, link) in
+                ["ipv4", "ipv6"].iter().flat_map(|family| self.links.iter().map(move |link| (family, link)))
+            {
                 let path = format!("/proc/sys/net/{family}/neigh/{link}/retrans_time_ms");
                 if let Err(error) = std::fs::write(&path, millis.to_string()) {
                     tracing::debug!(path, %error, "can't change the pace of neighbour discovery");
@@ -99,9 +104,13 @@ fn add_link(netns: &Netns, link: &Link, bridges: &BTreeMap<String, String>) -> R
     let path = format!("/proc/{}/fd/{}", std::process::id(), netns.as_fd().as_raw_fd());
     let mac = link.mac.to_string();
     let mtu = link.mtu.to_string();
+    // A bridge without an address of its own takes the lowest of its ports': a low one would change the host's own address
+    // in the middle of its connections.
+    let [_, b, c, d, e, f] = link.mac.0;
+    let host_mac = crate::description::Mac([0xfe, b, c, d, e, f]).to_string();
     let words = [
-        "link", "add", "name", &name, "mtu", &mtu, "type", "veth", "peer", "name", &link.name, "address", &mac, "mtu", &mtu,
-        "netns", &path,
+        "link", "add", "name", &name, "address", &host_mac, "mtu", &mtu, "type", "veth", "peer", "name", &link.name,
+        "address", &mac, "mtu", &mtu, "netns", &path,
     ];
     run_ip(None, &words, None)?;
     run_ip(None, &["link", "set", "dev", &name, "up"], None)?;
@@ -114,7 +123,13 @@ fn add_link(netns: &Netns, link: &Link, bridges: &BTreeMap<String, String>) -> R
 fn free_name(link: &Link) -> String {
     let [_, _, c, d, e, f] = link.mac.0;
     (0..u8::MAX)
-        .map(|n| if n == 0 { format!("lh{c:02x}{d:02x}{e:02x}{f:02x}") } else { format!("lh{c:02x}{d:02x}{e:02x}{f:02x}.{n}") })
+        .map(|n| {
+            if n == 0 {
+                format!("lh{c:02x}{d:02x}{e:02x}{f:02x}")
+            } else {
+                format!("lh{c:02x}{d:02x}{e:02x}{f:02x}.{n}")
+            }
+        })
         .find(|name| if_nametoindex(name.as_str()).is_err())
         .unwrap_or_else(|| link.host_name.clone())
 }

@@ -8,8 +8,8 @@ use std::path::Path;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use super::{NetError, Netns, Port, run_ip};
 use super::Neighbour;
+use super::{NetError, Netns, Port, run_ip};
 use crate::description::{Address, Link, Namespace, Route, Scope};
 
 /// A namespace's content, and the host's ends of its interfaces.
@@ -148,13 +148,18 @@ fn veth(link: &IpLink, host_links: &[IpLink]) -> Result<(Link, Port), NetError> 
     let refuse = |why: String| Err(NetError::Link { name: link.ifname.clone(), why });
     let kind = link.linkinfo.as_ref().and_then(|info| info.info_kind.clone()).unwrap_or_default();
     if kind != "veth" {
-        return refuse(format!("it is a {kind:?} device; only veth pairs with one end on a bridge of the host can be rebuilt"));
+        return refuse(format!(
+            "it is a {kind:?} device; only veth pairs with one end on a bridge of the host can be rebuilt"
+        ));
     }
     let Some(host) = host_links.iter().find(|host| Some(host.ifindex) == link.link_index) else {
         return refuse("the other end of its veth pair is not in the host's own network namespace".to_owned());
     };
     let Some(bridge) = host.master.clone() else {
-        return refuse(format!("its other end, {}, is no port of a bridge: `ip link set {} master BRIDGE`", host.ifname, host.ifname));
+        return refuse(format!(
+            "its other end, {}, is no port of a bridge: `ip link set {} master BRIDGE`",
+            host.ifname, host.ifname
+        ));
     };
     let Some(mac) = link.address.as_deref().and_then(|mac| mac.parse().ok()) else {
         return refuse("it has no MAC address".to_owned());
@@ -176,7 +181,9 @@ fn addresses_of(link: IpAddresses) -> Vec<Address> {
         .into_iter()
         // The kernel gives lo and link-local addresses again; those of router advertisements come from the router.
         .filter(|address| !matches!(address.protocol.as_deref(), Some("kernel_lo" | "kernel_ll" | "kernel_ra")))
-        .filter(|address| !(address.dynamic && address.scope == "global" && address.local.is_some_and(|ip| ip.is_ipv6())))
+        .filter(|address| {
+            !(address.dynamic && address.scope == "global" && address.local.is_some_and(|ip| ip.is_ipv6()))
+        })
         .filter_map(|address| {
             let ip = address.local?;
             let loopback = name == "lo" && ip.is_loopback();
@@ -297,7 +304,8 @@ mod tests {
 
     #[test]
     fn a_blackhole_route_is_named() {
-        let route: IpRoute = serde_json::from_str(r#"{"type":"6","dst":"10.9.0.0/16","protocol":"3"}"#).expect("ip's form");
+        let route: IpRoute =
+            serde_json::from_str(r#"{"type":"6","dst":"10.9.0.0/16","protocol":"3"}"#).expect("ip's form");
         let error = route_of(route, "-4").expect_err("no unicast");
         assert!(error.to_string().contains("10.9.0.0/16"));
     }

@@ -11,9 +11,27 @@ pub fn explain(error: &(dyn Error + 'static)) -> Option<String> {
         if let Some(tls) = tls_error(error) {
             return Some(describe(tls));
         }
+        if let Some(alert) = alert_in(&error.to_string()) {
+            return Some(describe(&rustls::Error::AlertReceived(alert)));
+        }
         next = error.source();
     }
     None
+}
+
+/// An alert by the text that rustls makes of it: h2 keeps the text of an error alone.
+fn alert_in(text: &str) -> Option<AlertDescription> {
+    let (_, name) = text.split_once("received fatal alert: ")?;
+    let known = [
+        AlertDescription::CertificateRequired,
+        AlertDescription::CertificateExpired,
+        AlertDescription::CertificateUnknown,
+        AlertDescription::BadCertificate,
+        AlertDescription::UnknownCA,
+        AlertDescription::DecryptError,
+        AlertDescription::AccessDenied,
+    ];
+    known.into_iter().find(|alert| name.starts_with(&format!("{alert:?}")))
 }
 
 fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
@@ -76,6 +94,8 @@ mod tests {
         let tls = rustls::Error::AlertReceived(AlertDescription::CertificateExpired);
         let io = std::io::Error::new(std::io::ErrorKind::InvalidData, tls);
         assert!(explain(&io).expect("found").contains("expired"));
+        let told = std::io::Error::other("connection error: received fatal alert: UnknownCA");
+        assert!(explain(&told).expect("found").contains("another authority"));
         assert_eq!(explain(&std::io::Error::other("plain")), None);
     }
 }

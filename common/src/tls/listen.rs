@@ -91,6 +91,10 @@ async fn handshake(
             let names = peer_names(&stream);
             let _ = accepted.send(Ok(TlsConnection { stream, identity: PeerIdentity { names, address } })).await;
         }
+        // Somebody looked whether the port is open.
+        Ok(Err((error, _))) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            tracing::debug!(peer = %address, "a connection ended before its handshake");
+        }
         Ok(Err((error, mut tcp))) => {
             let reason = explain(&error).unwrap_or_else(|| error.to_string());
             tracing::warn!(peer = %address, reason, "refused a connection");
@@ -141,7 +145,11 @@ impl Connected for TlsConnection {
 }
 
 impl AsyncRead for TlsConnection {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(context, buffer)
     }
 }

@@ -14,6 +14,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use thiserror::Error;
+use tokio::io::AsyncBufReadExt;
 use tokio::net::TcpStream;
 use tonic::transport::{Channel, Endpoint};
 
@@ -60,7 +61,9 @@ pub enum TlsError {
     #[error("{0:?} is no host name or address")]
     Name(String),
     /// Nothing answers.
-    #[error("host {host} can't be reached at {address}: is longhaul-dest running there, and no firewall between? ({reason})")]
+    #[error(
+        "host {host} can't be reached at {address}: is longhaul-dest running there, and no firewall between? ({reason})"
+    )]
     Unreachable {
         /// Its name.
         host: String,
@@ -158,11 +161,8 @@ pub struct PeerAddress {
 pub async fn connect(identity: &Identity, peer: &PeerAddress) -> Result<Channel, TlsError> {
     let name = ServerName::try_from(peer.certificate_name.clone())
         .map_err(|_| TlsError::Name(peer.certificate_name.clone()))?;
-    let unreachable = |reason: String| TlsError::Unreachable {
-        host: peer.host.clone(),
-        address: peer.address.clone(),
-        reason,
-    };
+    let unreachable =
+        |reason: String| TlsError::Unreachable { host: peer.host.clone(), address: peer.address.clone(), reason };
     // Tried by ourselves first, so that a refusal is told from a handshake that failed.
     let tcp = tokio::time::timeout(CONNECT_DEADLINE, TcpStream::connect(&peer.address))
         .await
@@ -180,7 +180,10 @@ pub async fn connect(identity: &Identity, peer: &PeerAddress) -> Result<Channel,
                 None => TcpStream::connect(&address).await?,
             };
             tcp.set_nodelay(true)?;
-            let tls = tokio_rustls::TlsConnector::from(config).connect(name, tcp).await?;
+            let mut tls = tokio_rustls::TlsConnector::from(config).connect(name, tcp).await?;
+            // In TLS 1.3 a server refuses a client's certificate after the client's side of the handshake is done.
+            // One that accepts it speaks at once (HTTP/2 settings); waiting for its first byte makes the refusal ours.
+            tls.fill_buf().await?;
             Ok::<_, std::io::Error>(TokioIo::new(tls))
         }
     });

@@ -147,8 +147,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         init(dir.path()).expect("an authority");
         let host = issue(dir.path(), "host1", &["10.0.0.1".into()], HOST_DAYS).expect("a certificate");
-        let files =
-            TlsFiles { ca: host.join("ca.pem"), cert: host.join("cert.pem"), key: host.join("key.pem") };
+        let files = TlsFiles { ca: host.join("ca.pem"), cert: host.join("cert.pem"), key: host.join("key.pem") };
         Identity::load(&files).expect("loads");
         assert!(matches!(init(dir.path()), Err(PkiError::Exists(_))));
     }

@@ -54,13 +54,7 @@ impl Writer {
     pub fn open(root: &Path, kind: TreeKind) -> Result<Self, TreeError> {
         let path = root.as_os_str().as_encoded_bytes();
         let root = sys::open_root(root).map_err(TreeError::io("open the root", path))?;
-        Ok(Self {
-            root,
-            kind,
-            parent: None,
-            dir_times: HashMap::new(),
-            open: None,
-        })
+        Ok(Self { root, kind, parent: None, dir_times: HashMap::new(), open: None })
     }
 
     /// Applies one item.
@@ -121,74 +115,51 @@ impl Writer {
                     Content::Whole => self.create_file(&dir, &entry.path)?,
                     Content::Patch => open_existing(&dir, &entry.path)?,
                 };
-                file.set_len(size)
-                    .map_err(TreeError::io("resize", &entry.path))?;
-                self.open = Some(OpenFile {
-                    sum: ContentSum::new(size),
-                    entry,
-                    file,
-                    size,
-                    content,
-                });
+                file.set_len(size).map_err(TreeError::io("resize", &entry.path))?;
+                self.open = Some(OpenFile { sum: ContentSum::new(size), entry, file, size, content });
                 Ok(())
             }
             EntryKind::Dir => {
                 if self.type_of(&dir, &entry.path)? != Some(FileType::Directory) {
                     self.clear(&dir, &entry.path)?;
-                    rustix::fs::mkdirat(&*dir, name, Mode::RWXU)
-                        .map_err(TreeError::io("create", &entry.path))?;
+                    rustix::fs::mkdirat(&*dir, name, Mode::RWXU).map_err(TreeError::io("create", &entry.path))?;
                 }
-                let node =
-                    sys::hold(dir.as_fd(), name).map_err(TreeError::io("open", &entry.path))?;
+                let node = sys::hold(dir.as_fd(), name).map_err(TreeError::io("open", &entry.path))?;
                 self.complete_dir(&node, &entry)
             }
             EntryKind::Hardlink { target } => self.link(&dir, &entry.path, target),
             EntryKind::Symlink { target } => {
                 self.clear(&dir, &entry.path)?;
-                rustix::fs::symlinkat(&target[..], &*dir, name)
-                    .map_err(TreeError::io("create", &entry.path))?;
+                rustix::fs::symlinkat(&target[..], &*dir, name).map_err(TreeError::io("create", &entry.path))?;
                 self.complete(&dir, &entry)
             }
             EntryKind::CharDevice { major, minor } => {
                 self.node(&dir, &entry, FileType::CharacterDevice, (*major, *minor))
             }
-            EntryKind::BlockDevice { major, minor } => {
-                self.node(&dir, &entry, FileType::BlockDevice, (*major, *minor))
-            }
+            EntryKind::BlockDevice { major, minor } => self.node(&dir, &entry, FileType::BlockDevice, (*major, *minor)),
             EntryKind::Fifo => self.node(&dir, &entry, FileType::Fifo, (0, 0)),
             EntryKind::Socket => self.node(&dir, &entry, FileType::Socket, (0, 0)),
         }
     }
 
-    fn node(
-        &mut self,
-        dir: &OwnedFd,
-        entry: &Entry,
-        kind: FileType,
-        device: (u32, u32),
-    ) -> Result<(), TreeError> {
+    fn node(&mut self, dir: &OwnedFd, entry: &Entry, kind: FileType, device: (u32, u32)) -> Result<(), TreeError> {
         self.clear(dir, &entry.path)?;
         let (_, name) = split(&entry.path);
         let device = rustix::fs::makedev(device.0, device.1);
-        rustix::fs::mknodat(dir, name, kind, Mode::RUSR, device)
-            .map_err(TreeError::io("create", &entry.path))?;
+        rustix::fs::mknodat(dir, name, kind, Mode::RUSR, device).map_err(TreeError::io("create", &entry.path))?;
         self.complete(dir, entry)
     }
 
     fn create_file(&mut self, dir: &OwnedFd, path: &[u8]) -> Result<File, TreeError> {
         self.clear(dir, path)?;
-        let flags =
-            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::openat(dir, split(path).1, flags, Mode::RUSR | Mode::WUSR);
         Ok(file.map_err(TreeError::io("create", path))?.into())
     }
 
     /// Makes `path` a name of the inode that `target` names; it may be one already.
     fn link(&mut self, dir: &OwnedFd, path: &[u8], target: &[u8]) -> Result<(), TreeError> {
-        let missing = || TreeError::LinkTarget {
-            path: printable(path),
-            target: printable(target),
-        };
+        let missing = || TreeError::LinkTarget { path: printable(path), target: printable(target) };
         let (target_dir, target_name) = split(target);
         let target_dir = sys::hold_dir(self.root.as_fd(), target_dir).map_err(|_| missing())?;
         let node = sys::hold(target_dir.as_fd(), target_name).map_err(|_| missing())?;
@@ -204,58 +175,40 @@ impl Writer {
             }
         }
         self.clear(dir, path)?;
-        rustix::fs::linkat(&target_dir, target_name, dir, name, AtFlags::empty())
-            .map_err(TreeError::io("link", path))
+        rustix::fs::linkat(&target_dir, target_name, dir, name, AtFlags::empty()).map_err(TreeError::io("link", path))
     }
 
     fn removed(&mut self, path: &[u8]) -> Result<(), TreeError> {
         check_path(path)?;
         match self.enter(path) {
             Ok(dir) => self.clear(&dir, path),
-            Err(TreeError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                Ok(())
-            }
+            Err(TreeError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),
         }
     }
 
     /// Finishes what has just been created at the entry's path.
     fn complete(&self, dir: &OwnedFd, entry: &Entry) -> Result<(), TreeError> {
-        let node = sys::hold(dir.as_fd(), split(&entry.path).1)
-            .map_err(TreeError::io("open", &entry.path))?;
+        let node = sys::hold(dir.as_fd(), split(&entry.path).1).map_err(TreeError::io("open", &entry.path))?;
         metadata::apply(node.as_fd(), entry, self.kind)
     }
 
     fn complete_dir(&mut self, node: &OwnedFd, entry: &Entry) -> Result<(), TreeError> {
         metadata::apply(node.as_fd(), entry, self.kind)?;
-        self.dir_times.insert(
-            entry.path.clone(),
-            Times {
-                atime: entry.atime,
-                mtime: entry.mtime,
-            },
-        );
+        self.dir_times.insert(entry.path.clone(), Times { atime: entry.atime, mtime: entry.mtime });
         Ok(())
     }
 
     /// Goes to the directory of `path`, and notes the times it had before it is touched.
     fn enter(&mut self, path: &[u8]) -> Result<Arc<OwnedFd>, TreeError> {
         let parent = split(path).0;
-        if let Some((_, dir)) = self
-            .parent
-            .as_ref()
-            .filter(|(current, _)| current == parent)
-        {
+        if let Some((_, dir)) = self.parent.as_ref().filter(|(current, _)| current == parent) {
             return Ok(Arc::clone(dir));
         }
-        let dir = sys::hold_dir(self.root.as_fd(), parent)
-            .map_err(TreeError::io("open the directory of", path))?;
+        let dir = sys::hold_dir(self.root.as_fd(), parent).map_err(TreeError::io("open the directory of", path))?;
         if !self.dir_times.contains_key(parent) {
             let status = sys::status(dir.as_fd()).map_err(TreeError::io("examine", parent))?;
-            let times = Times {
-                atime: metadata::atime(&status),
-                mtime: metadata::mtime(&status),
-            };
+            let times = Times { atime: metadata::atime(&status), mtime: metadata::mtime(&status) };
             self.dir_times.insert(parent.to_vec(), times);
         }
         let dir = Arc::new(dir);
@@ -276,17 +229,16 @@ impl Writer {
         match self.type_of(dir, path)? {
             None => Ok(()),
             Some(FileType::Directory) => remove_tree(self.root.as_fd(), path),
-            Some(_) => rustix::fs::unlinkat(dir, split(path).1, AtFlags::empty())
-                .map_err(TreeError::io("remove", path)),
+            Some(_) => {
+                rustix::fs::unlinkat(dir, split(path).1, AtFlags::empty()).map_err(TreeError::io("remove", path))
+            }
         }
     }
 }
 
 /// Opens the file to be patched. Its type is checked first: opening a device would already act on it.
 fn open_existing(dir: &OwnedFd, path: &[u8]) -> Result<File, TreeError> {
-    let missing = || TreeError::PatchTarget {
-        path: printable(path),
-    };
+    let missing = || TreeError::PatchTarget { path: printable(path) };
     let node = sys::hold(dir.as_fd(), split(path).1).map_err(|_| missing())?;
     let status = sys::status(node.as_fd()).map_err(TreeError::io("examine", path))?;
     if metadata::file_type(&status) != FileType::RegularFile {
@@ -307,15 +259,10 @@ impl OpenFile {
             });
         }
         self.sum.add(offset, bytes);
-        if self.content == Content::Patch
-            && bytes.iter().all(|&byte| byte == 0)
-            && self.punch(offset, bytes.len())
-        {
+        if self.content == Content::Patch && bytes.iter().all(|&byte| byte == 0) && self.punch(offset, bytes.len()) {
             return Ok(());
         }
-        self.file
-            .write_all_at(bytes, offset)
-            .map_err(TreeError::io("write", &self.entry.path))
+        self.file.write_all_at(bytes, offset).map_err(TreeError::io("write", &self.entry.path))
     }
 
     /// Makes a hole, if the filesystem can.
@@ -328,19 +275,12 @@ impl OpenFile {
     fn close(self, declared: u64, kind: TreeKind) -> Result<(), TreeError> {
         let computed = self.sum.finish();
         if computed != declared {
-            return Err(TreeError::Checksum {
-                path: printable(&self.entry.path),
-                declared,
-                computed,
-            });
+            return Err(TreeError::Checksum { path: printable(&self.entry.path), declared, computed });
         }
         metadata::apply(self.file.as_fd(), &self.entry, kind)
     }
 
     fn interrupted_by(self, item: String) -> TreeError {
-        TreeError::FileStillOpen {
-            item,
-            open: printable(&self.entry.path),
-        }
+        TreeError::FileStillOpen { item, open: printable(&self.entry.path) }
     }
 }

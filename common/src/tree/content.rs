@@ -34,26 +34,19 @@ pub(super) struct BlockHashes {
 impl HashBudget {
     /// Takes room for a file of `size` bytes, all hole.
     pub(super) fn take(&self, size: u64) -> Option<BlockHashes> {
-        let count = usize::try_from(size.div_ceil(BLOCK as u64))
-            .ok()
-            .filter(|count| *count <= MAX_HASHES)?;
+        let count = usize::try_from(size.div_ceil(BLOCK as u64)).ok().filter(|count| *count <= MAX_HASHES)?;
         let taken = self.0.fetch_add(count, Ordering::Relaxed);
         if taken + count > MAX_HASHES {
             self.0.fetch_sub(count, Ordering::Relaxed);
             return None;
         }
-        Some(BlockHashes {
-            hashes: vec![HOLE; count],
-            budget: self.clone(),
-        })
+        Some(BlockHashes { hashes: vec![HOLE; count], budget: self.clone() })
     }
 }
 
 impl Drop for BlockHashes {
     fn drop(&mut self) {
-        self.budget
-            .0
-            .fetch_sub(self.hashes.len(), Ordering::Relaxed);
+        self.budget.0.fetch_sub(self.hashes.len(), Ordering::Relaxed);
     }
 }
 
@@ -88,8 +81,7 @@ pub(super) fn send<E>(
             None => window.data,
         };
         for range in ranges {
-            data(window.start + range.start as u64, &window.bytes[range])
-                .map_err(ContentError::Send)?;
+            data(window.start + range.start as u64, &window.bytes[range]).map_err(ContentError::Send)?;
         }
         from = window.end;
     }
@@ -133,12 +125,7 @@ impl<'a> Window<'a> {
             range.end = range.end.min(filled);
             range.start < range.end
         });
-        Ok(Self {
-            start,
-            end,
-            bytes,
-            data,
-        })
+        Ok(Self { start, end, bytes, data })
     }
 
     fn first_block(&self) -> usize {
@@ -149,16 +136,10 @@ impl<'a> Window<'a> {
     fn block_hashes(&self) -> Vec<u64> {
         let has_data = |block: usize| {
             let range = block * BLOCK..(block + 1) * BLOCK;
-            self.data
-                .iter()
-                .any(|data| data.start < range.end && range.start < data.end)
+            self.data.iter().any(|data| data.start < range.end && range.start < data.end)
         };
         let hash = |(block, bytes)| {
-            if has_data(block) {
-                xxh3_64(bytes).max(1)
-            } else {
-                HOLE
-            }
+            if has_data(block) { xxh3_64(bytes).max(1) } else { HOLE }
         };
         self.bytes.chunks(BLOCK).enumerate().map(hash).collect()
     }

@@ -41,9 +41,7 @@ impl From<[u8; 32]> for LayerDigest {
 
 impl fmt::Display for LayerDigest {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0
-            .iter()
-            .try_for_each(|byte| write!(formatter, "{byte:02x}"))
+        self.0.iter().try_for_each(|byte| write!(formatter, "{byte:02x}"))
     }
 }
 
@@ -90,8 +88,7 @@ fn all_paths(root: BorrowedFd<'_>) -> Result<Vec<Vec<u8>>, TreeError> {
             // Some filesystems do not say the type here.
             let is_dir = match found.file_type() {
                 FileType::Unknown => {
-                    let status = sys::status_at(dir.as_fd(), name)
-                        .map_err(TreeError::io("examine", &below))?;
+                    let status = sys::status_at(dir.as_fd(), name).map_err(TreeError::io("examine", &below))?;
                     metadata::file_type(&status) == FileType::Directory
                 }
                 kind => kind == FileType::Directory,
@@ -123,11 +120,8 @@ fn hash_entries(root: BorrowedFd<'_>, paths: &[Vec<u8>]) -> Result<Vec<[u8; 32]>
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..THREADS).map(|_| scope.spawn(work)).collect();
         for worker in workers {
-            let done = worker
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-            done.into_iter()
-                .for_each(|(index, hash)| hashes[index] = hash);
+            let done = worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            done.into_iter().for_each(|(index, hash)| hashes[index] = hash);
         }
         Ok(hashes)
     })
@@ -164,13 +158,9 @@ fn hash_entry(root: BorrowedFd<'_>, path: &[u8], buffer: &mut [u8]) -> Result<[u
         }
         _ => {}
     }
-    let xattrs = metadata::read_xattrs(node.as_fd(), TreeKind::Upper)
-        .map_err(TreeError::io("read the attributes of", path))?;
-    let xattrs: Vec<_> = xattrs
-        .carried
-        .iter()
-        .filter(|(name, _)| name != HOST_LABEL)
-        .collect();
+    let xattrs =
+        metadata::read_xattrs(node.as_fd(), TreeKind::Upper).map_err(TreeError::io("read the attributes of", path))?;
+    let xattrs: Vec<_> = xattrs.carried.iter().filter(|(name, _)| name != HOST_LABEL).collect();
     field(&(xattrs.len() as u64).to_le_bytes());
     for (name, value) in xattrs {
         field(name);

@@ -151,12 +151,7 @@ impl Entry {
         if !(self.path.is_empty() && self.kind == EntryKind::Dir) {
             check_path(&self.path)?;
         }
-        let refuse = |reason| {
-            Err(TreeError::BadEntry {
-                path: printable(&self.path),
-                reason,
-            })
-        };
+        let refuse = |reason| Err(TreeError::BadEntry { path: printable(&self.path), reason });
         match &self.kind {
             EntryKind::File { size, .. } if i64::try_from(*size).is_err() => {
                 return refuse("its size is beyond 8 EiB");
@@ -190,18 +185,12 @@ impl Entry {
         if self.xattrs.len() > MAX_XATTRS {
             return refuse("it has more than 256 extended attributes");
         }
-        self.xattrs
-            .iter()
-            .try_for_each(|(name, value)| self.check_xattr(tree, name, value))
+        self.xattrs.iter().try_for_each(|(name, value)| self.check_xattr(tree, name, value))
     }
 
     fn check_xattr(&self, tree: TreeKind, name: &[u8], value: &[u8]) -> Result<(), TreeError> {
         let refuse = |reason| {
-            Err(TreeError::BadXattr {
-                path: printable(&self.path),
-                name: name.escape_ascii().to_string(),
-                reason,
-            })
+            Err(TreeError::BadXattr { path: printable(&self.path), name: name.escape_ascii().to_string(), reason })
         };
         if name.len() > MAX_NAME || name.contains(&0) {
             return refuse("its name is too long or holds a NUL byte");

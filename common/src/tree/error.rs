@@ -106,23 +106,12 @@ pub enum TreeError {
 
 impl TreeError {
     /// Adds the operation and the path to an error of the system.
-    pub(super) fn io<E: Into<io::Error>>(
-        operation: &'static str,
-        path: &[u8],
-    ) -> impl FnOnce(E) -> Self {
-        move |source| Self::Io {
-            operation,
-            path: printable(path),
-            source: source.into(),
-        }
+    pub(super) fn io<E: Into<io::Error>>(operation: &'static str, path: &[u8]) -> impl FnOnce(E) -> Self {
+        move |source| Self::Io { operation, path: printable(path), source: source.into() }
     }
 }
 
 /// A path as it may be printed: control characters, quotes and bytes beyond ASCII are escaped.
 pub(super) fn printable(path: &[u8]) -> String {
-    if path.is_empty() {
-        ".".to_owned()
-    } else {
-        path.escape_ascii().to_string()
-    }
+    if path.is_empty() { ".".to_owned() } else { path.escape_ascii().to_string() }
 }

@@ -46,24 +46,17 @@ pub(super) struct Known {
 impl Stamp {
     pub(super) fn of(status: &Statx) -> Self {
         Self {
-            inode: Inode {
-                device: (status.stx_dev_major, status.stx_dev_minor),
-                number: status.stx_ino,
-            },
+            inode: Inode { device: (status.stx_dev_major, status.stx_dev_minor), number: status.stx_ino },
             links: status.stx_nlink,
             size: status.stx_size,
             mtime: metadata::mtime(status),
-            ctime: Timestamp {
-                secs: status.stx_ctime.tv_sec,
-                nanos: status.stx_ctime.tv_nsec,
-            },
+            ctime: Timestamp { secs: status.stx_ctime.tv_sec, nanos: status.stx_ctime.tv_nsec },
         }
     }
 
     /// Says whether any change after `now` must move `ctime`.
     pub(super) fn is_settled(&self, now: Timestamp) -> bool {
-        let nanos =
-            |time: Timestamp| i128::from(time.secs) * 1_000_000_000 + i128::from(time.nanos);
+        let nanos = |time: Timestamp| i128::from(time.secs) * 1_000_000_000 + i128::from(time.nanos);
         nanos(self.ctime) + (SETTLE.as_nanos() as i128) < nanos(now)
     }
 }
@@ -85,6 +78,5 @@ impl Known {
 
 /// A character device 0:0: kernel `Documentation/filesystems/overlayfs.rst`, "whiteouts and opaque directories".
 pub(super) fn is_whiteout(status: &Statx) -> bool {
-    metadata::file_type(status) == FileType::CharacterDevice
-        && (status.stx_rdev_major, status.stx_rdev_minor) == (0, 0)
+    metadata::file_type(status) == FileType::CharacterDevice && (status.stx_rdev_major, status.stx_rdev_minor) == (0, 0)
 }

@@ -23,26 +23,15 @@ pub(super) fn file_type(status: &Statx) -> FileType {
 }
 
 pub(super) fn mtime(status: &Statx) -> Timestamp {
-    Timestamp {
-        secs: status.stx_mtime.tv_sec,
-        nanos: status.stx_mtime.tv_nsec,
-    }
+    Timestamp { secs: status.stx_mtime.tv_sec, nanos: status.stx_mtime.tv_nsec }
 }
 
 pub(super) fn atime(status: &Statx) -> Timestamp {
-    Timestamp {
-        secs: status.stx_atime.tv_sec,
-        nanos: status.stx_atime.tv_nsec,
-    }
+    Timestamp { secs: status.stx_atime.tv_sec, nanos: status.stx_atime.tv_nsec }
 }
 
 /// The entry of an inode.
-pub(super) fn entry(
-    path: Vec<u8>,
-    kind: EntryKind,
-    status: &Statx,
-    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-) -> Entry {
+pub(super) fn entry(path: Vec<u8>, kind: EntryKind, status: &Statx, xattrs: Vec<(Vec<u8>, Vec<u8>)>) -> Entry {
     Entry {
         path,
         kind,
@@ -57,10 +46,7 @@ pub(super) fn entry(
 
 /// Reads the extended attributes of a held inode.
 pub(super) fn read_xattrs(node: BorrowedFd<'_>, kind: TreeKind) -> io::Result<Xattrs> {
-    let mut xattrs = Xattrs {
-        carried: Vec::new(),
-        left_out: 0,
-    };
+    let mut xattrs = Xattrs { carried: Vec::new(), left_out: 0 };
     for name in sys::xattr_names(node)? {
         if !is_carried(kind, &name) {
             xattrs.left_out += u64::from(!is_host_bound(&name));
@@ -84,8 +70,7 @@ pub(super) fn apply(node: BorrowedFd<'_>, entry: &Entry, kind: TreeKind) -> Resu
         sys::set_mode(node, entry.mode).map_err(TreeError::io("set the mode of", path))?;
     }
     if entry.kind != EntryKind::Dir {
-        sys::set_times(node, entry.atime, entry.mtime)
-            .map_err(TreeError::io("set the times of", path))?;
+        sys::set_times(node, entry.atime, entry.mtime).map_err(TreeError::io("set the times of", path))?;
     }
     Ok(())
 }
@@ -95,10 +80,7 @@ fn apply_xattrs(node: BorrowedFd<'_>, entry: &Entry, kind: TreeKind) -> Result<(
     let path = &entry.path;
     let present = sys::xattr_names(node).map_err(TreeError::io("list the attributes of", path))?;
     let wanted = |name: &Vec<u8>| entry.xattrs.iter().any(|(wanted, _)| wanted == name);
-    for name in present
-        .iter()
-        .filter(|name| is_carried(kind, name) && !wanted(name))
-    {
+    for name in present.iter().filter(|name| is_carried(kind, name) && !wanted(name)) {
         match sys::remove_xattr(node, name) {
             Err(_) if may_be_declined(name) => {}
             removed => removed.map_err(TreeError::io("remove an attribute of", path))?,

@@ -11,13 +11,7 @@ const HOST_BOUND: [&[u8]; 5] = [b"origin", b"impure", b"nlink", b"upper", b"uuid
 
 /// What overlayfs notes about the layer's meaning: the same document, "whiteouts and opaque directories", "Renaming
 /// directories", "Metadata only copy up"; `protattr` is from `fs/overlayfs/overlayfs.h` (immutable and append-only).
-const LAYER_DATA: [&[u8]; 5] = [
-    b"opaque",
-    b"redirect",
-    b"metacopy",
-    b"whiteout",
-    b"protattr",
-];
+const LAYER_DATA: [&[u8]; 5] = [b"opaque", b"redirect", b"metacopy", b"whiteout", b"protattr"];
 
 /// The HMAC of `security.evm` covers inode number and filesystem UUID (kernel `Documentation/ABI/testing/evm`).
 const EVM: &[u8] = b"security.evm";
@@ -35,9 +29,7 @@ pub(super) fn is_carried(kind: TreeKind, name: &[u8]) -> bool {
         return false;
     }
     let namespaces: [&[u8]; 4] = [b"user.", b"security.", b"system.posix_acl_", b"trusted."];
-    namespaces
-        .iter()
-        .any(|prefix| name.len() > prefix.len() && name.starts_with(prefix))
+    namespaces.iter().any(|prefix| name.len() > prefix.len() && name.starts_with(prefix))
 }
 
 /// Says whether leaving out an attribute loses nothing: it describes the host, not the tree.
@@ -57,12 +49,7 @@ pub(super) fn may_be_declined(name: &[u8]) -> bool {
 
 /// Refuses what cannot be the path of something beneath a root.
 pub(super) fn check_path(path: &[u8]) -> Result<(), TreeError> {
-    let refuse = |reason| {
-        Err(TreeError::BadPath {
-            path: printable(path),
-            reason,
-        })
-    };
+    let refuse = |reason| Err(TreeError::BadPath { path: printable(path), reason });
     if path.is_empty() {
         return refuse("it is empty");
     }

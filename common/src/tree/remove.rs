@@ -24,8 +24,7 @@ pub(super) fn remove_tree(root: BorrowedFd<'_>, path: &[u8]) -> Result<(), TreeE
                 let dir = dir.clone();
                 let below = empty_of_files(root, &dir)?;
                 if below.is_empty() {
-                    remove_empty(root, &dir)
-                        .map_err(TreeError::io("remove the directory", &dir))?;
+                    remove_empty(root, &dir).map_err(TreeError::io("remove the directory", &dir))?;
                     pending.pop();
                 }
                 pending.extend(below.iter().map(|name| join(&dir, name)));

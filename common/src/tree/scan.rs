@@ -98,14 +98,11 @@ impl Scanner {
     /// that is not a plain relative path.
     pub fn new(root: &Path, kind: TreeKind, excludes: Vec<PathBuf>) -> Result<Self, TreeError> {
         let root_path = root.as_os_str().as_encoded_bytes();
-        let excludes: HashSet<_> = excludes
-            .into_iter()
-            .map(|path| path.into_os_string().into_encoded_bytes())
-            .collect();
+        let excludes: HashSet<_> =
+            excludes.into_iter().map(|path| path.into_os_string().into_encoded_bytes()).collect();
         excludes.iter().try_for_each(|path| check_path(path))?;
         let root = sys::open_root(root).map_err(TreeError::io("open the root", root_path))?;
-        let status =
-            sys::status(root.as_fd()).map_err(TreeError::io("examine the root", root_path))?;
+        let status = sys::status(root.as_fd()).map_err(TreeError::io("examine the root", root_path))?;
         Ok(Self {
             root,
             root_device: (status.stx_dev_major, status.stx_dev_minor),
@@ -125,10 +122,7 @@ impl Scanner {
     /// [`TreeError::SinkClosed`] if the sink refuses an item, [`TreeError::Io`] if the tree cannot be read, and the
     /// errors of [`Entry::check`](super::Entry::check) for what the destination would refuse. Files that vanish or change
     /// meanwhile are no error.
-    pub fn pass(
-        &mut self,
-        sink: &mut dyn FnMut(TreeItem) -> Result<(), SinkClosed>,
-    ) -> Result<PassStats, TreeError> {
+    pub fn pass(&mut self, sink: &mut dyn FnMut(TreeItem) -> Result<(), SinkClosed>) -> Result<PassStats, TreeError> {
         self.run(Writers::Running, sink)
     }
 
@@ -165,14 +159,7 @@ impl Scanner {
         self.pass += 1;
         let suspects = std::mem::take(&mut self.suspects);
         let todo = vec![Vec::new()];
-        let mut pass = Pass {
-            sink,
-            writers,
-            stats: PassStats::default(),
-            links: HashMap::new(),
-            suspects,
-            todo,
-        };
+        let mut pass = Pass { sink, writers, stats: PassStats::default(), links: HashMap::new(), suspects, todo };
         self.visit_root(&mut pass)?;
         let mut buffer = vec![MaybeUninit::uninit(); LIST_BUFFER];
         while let Some(path) = pass.todo.pop() {
@@ -187,11 +174,7 @@ impl Scanner {
         let status = sys::status(self.root.as_fd()).map_err(TreeError::io("examine", b""))?;
         pass.stats.entries_scanned += 1;
         let stamp = Stamp::of(&status);
-        if !self
-            .root_known
-            .as_ref()
-            .is_some_and(|known| known.settled && known.stamp == stamp)
-        {
+        if !self.root_known.as_ref().is_some_and(|known| known.settled && known.stamp == stamp) {
             self.send_entry(Vec::new(), EntryKind::Dir, self.root.as_fd(), &status, pass)?;
             self.root_known = Some(Known::new(&status, now, self.kind, self.pass));
         }
@@ -204,12 +187,7 @@ impl Scanner {
         buffer: &mut [MaybeUninit<u8>],
         pass: &mut Pass<'_>,
     ) -> Result<(), TreeError> {
-        let Some(fd) = still_there(
-            sys::open_dir(self.root.as_fd(), &path),
-            "open the directory",
-            &path,
-        )?
-        else {
+        let Some(fd) = still_there(sys::open_dir(self.root.as_fd(), &path), "open the directory", &path)? else {
             return Ok(());
         };
         let children = self.dirs.remove(&path).unwrap_or_default();
@@ -230,10 +208,7 @@ impl Scanner {
         pass: &mut Pass<'_>,
     ) -> Result<bool, TreeError> {
         // The listing borrows its own descriptor, the rest of the directory changes meanwhile.
-        let fd = dir
-            .fd
-            .try_clone()
-            .map_err(TreeError::io("open the directory", &dir.path))?;
+        let fd = dir.fd.try_clone().map_err(TreeError::io("open the directory", &dir.path))?;
         let mut listing = RawDir::new(&fd, buffer);
         while let Some(found) = listing.next() {
             let Some(found) = still_there(found, "list the directory", &dir.path)? else {
@@ -243,9 +218,7 @@ impl Scanner {
             if name == c"." || name == c".." {
                 continue;
             }
-            if !self.excludes.is_empty()
-                && self.excludes.contains(&join(&dir.path, name.to_bytes()))
-            {
+            if !self.excludes.is_empty() && self.excludes.contains(&join(&dir.path, name.to_bytes())) {
                 continue;
             }
             self.visit(dir, name, pass)?;
@@ -254,12 +227,7 @@ impl Scanner {
     }
 
     /// One name: the fast way for what has not changed.
-    fn visit(
-        &mut self,
-        dir: &mut OpenDir,
-        name: &CStr,
-        pass: &mut Pass<'_>,
-    ) -> Result<(), TreeError> {
+    fn visit(&mut self, dir: &mut OpenDir, name: &CStr, pass: &mut Pass<'_>) -> Result<(), TreeError> {
         let status = match sys::status_at(dir.fd.as_fd(), name) {
             Ok(status) => status,
             error => {
@@ -274,8 +242,7 @@ impl Scanner {
         }
         let stamp = Stamp::of(&status);
         let is_whiteout = self.kind == TreeKind::Upper && is_whiteout(&status);
-        let is_current =
-            (known.settled && known.stamp == stamp) || (known.is_whiteout && is_whiteout);
+        let is_current = (known.settled && known.stamp == stamp) || (known.is_whiteout && is_whiteout);
         if !is_current || pass.suspects.contains(&stamp.inode) {
             return self.send(dir, name, pass);
         }
@@ -285,14 +252,7 @@ impl Scanner {
                 Some(_) => {}
                 None => {
                     let path = join(&dir.path, name.to_bytes());
-                    pass.links.insert(
-                        stamp.inode,
-                        FirstName {
-                            path,
-                            known: known.clone(),
-                            sent: false,
-                        },
-                    );
+                    pass.links.insert(stamp.inode, FirstName { path, known: known.clone(), sent: false });
                 }
             }
         }
@@ -311,12 +271,7 @@ impl Scanner {
         let mut pending = vec![path];
         while let Some(path) = pending.pop() {
             let children = self.dirs.remove(&path).unwrap_or_default();
-            pending.extend(
-                children
-                    .iter()
-                    .filter(|(_, known)| known.is_dir)
-                    .map(|(name, _)| join(&path, name)),
-            );
+            pending.extend(children.iter().filter(|(_, known)| known.is_dir).map(|(name, _)| join(&path, name)));
         }
     }
 

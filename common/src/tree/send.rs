@@ -16,15 +16,9 @@ use super::{PATCH_FROM, TreeError, metadata, sys};
 
 impl Scanner {
     /// One name that is new or may have changed.
-    pub(super) fn send(
-        &mut self,
-        dir: &mut OpenDir,
-        name: &CStr,
-        pass: &mut Pass<'_>,
-    ) -> Result<(), TreeError> {
+    pub(super) fn send(&mut self, dir: &mut OpenDir, name: &CStr, pass: &mut Pass<'_>) -> Result<(), TreeError> {
         let path = join(&dir.path, name.to_bytes());
-        let Some(node) = still_there(sys::hold_mounted(dir.fd.as_fd(), name), "open", &path)?
-        else {
+        let Some(node) = still_there(sys::hold_mounted(dir.fd.as_fd(), name), "open", &path)? else {
             return Ok(());
         };
         let now = sys::now();
@@ -34,13 +28,8 @@ impl Scanner {
         let inode = known.stamp.inode;
         let has_names = known.stamp.links > 1 && !known.is_dir && !known.is_whiteout;
         if let Some(first) = pass.links.get(&inode).filter(|_| has_names) {
-            known = Known {
-                seen: self.pass,
-                ..first.known.clone()
-            };
-            let kind = EntryKind::Hardlink {
-                target: first.path.clone(),
-            };
+            known = Known { seen: self.pass, ..first.known.clone() };
+            let kind = EntryKind::Hardlink { target: first.path.clone() };
             self.send_entry(path.clone(), kind, node.as_fd(), &status, pass)?;
         } else {
             let before = dir.children.get(name.to_bytes());
@@ -49,11 +38,8 @@ impl Scanner {
             }
             match metadata::file_type(&status) {
                 FileType::RegularFile => {
-                    let old = before
-                        .filter(|before| before.stamp.inode == inode)
-                        .and_then(|b| b.blocks.clone());
-                    known.blocks =
-                        self.send_file(&path, node.as_fd(), &status, old.as_deref(), pass)?;
+                    let old = before.filter(|before| before.stamp.inode == inode).and_then(|b| b.blocks.clone());
+                    known.blocks = self.send_file(&path, node.as_fd(), &status, old.as_deref(), pass)?;
                     known.settled &= pass.writers == Writers::Running;
                 }
                 kind => {
@@ -64,14 +50,7 @@ impl Scanner {
                 }
             }
             if has_names {
-                pass.links.insert(
-                    inode,
-                    FirstName {
-                        path: path.clone(),
-                        known: known.clone(),
-                        sent: true,
-                    },
-                );
+                pass.links.insert(inode, FirstName { path: path.clone(), known: known.clone(), sent: true });
             }
         }
         if self.is_mount(&status) {
@@ -94,22 +73,10 @@ impl Scanner {
         pass: &mut Pass<'_>,
     ) -> Result<Option<Arc<BlockHashes>>, TreeError> {
         // What is mounted on a file is not the tree's.
-        let size = if self.is_mount(status) {
-            0
-        } else {
-            status.stx_size
-        };
-        let new = if size > PATCH_FROM {
-            self.budget.take(size)
-        } else {
-            None
-        };
+        let size = if self.is_mount(status) { 0 } else { status.stx_size };
+        let new = if size > PATCH_FROM { self.budget.take(size) } else { None };
         let old = old.filter(|_| new.is_some());
-        let content = if old.is_some() {
-            Content::Patch
-        } else {
-            Content::Whole
-        };
+        let content = if old.is_some() { Content::Patch } else { Content::Whole };
         let file = sys::open_to_read(node).map_err(TreeError::io("open", path))?;
         if pass.writers == Writers::Running
             && size > 0
@@ -117,29 +84,18 @@ impl Scanner {
         {
             tracing::debug!(path = %path.escape_ascii(), %error, "cannot write back");
         }
-        self.send_entry(
-            path.to_vec(),
-            EntryKind::File { size, content },
-            node,
-            status,
-            pass,
-        )?;
+        self.send_entry(path.to_vec(), EntryKind::File { size, content }, node, status, pass)?;
         let mut sum = ContentSum::new(size);
         let sent = content::send(&file, size, old, new, |offset, bytes| {
             sum.add(offset, bytes);
             pass.stats.bytes_sent += bytes.len() as u64;
-            (pass.sink)(TreeItem::Data {
-                offset,
-                bytes: Bytes::copy_from_slice(bytes),
-            })
+            (pass.sink)(TreeItem::Data { offset, bytes: Bytes::copy_from_slice(bytes) })
         });
         let blocks = sent.map_err(|error| match error {
             ContentError::Read(source) => TreeError::io("read", path)(source),
             ContentError::Send(closed) => closed.into(),
         })?;
-        (pass.sink)(TreeItem::FileEnd {
-            checksum: sum.finish(),
-        })?;
+        (pass.sink)(TreeItem::FileEnd { checksum: sum.finish() })?;
         Ok(blocks.map(Arc::new))
     }
 
@@ -151,8 +107,7 @@ impl Scanner {
         status: &Statx,
         pass: &mut Pass<'_>,
     ) -> Result<(), TreeError> {
-        let xattrs = metadata::read_xattrs(node, self.kind)
-            .map_err(TreeError::io("read the attributes of", &path))?;
+        let xattrs = metadata::read_xattrs(node, self.kind).map_err(TreeError::io("read the attributes of", &path))?;
         if xattrs.left_out > 0 {
             tracing::warn!(path = %path.escape_ascii(), count = xattrs.left_out, "attributes are not carried");
             pass.stats.xattrs_left_out += xattrs.left_out;
@@ -165,15 +120,8 @@ impl Scanner {
     }
 
     /// Sends what the destination has of a directory and this pass has not seen.
-    pub(super) fn send_removed(
-        &mut self,
-        dir: &mut OpenDir,
-        pass: &mut Pass<'_>,
-    ) -> Result<(), TreeError> {
-        let gone: Vec<_> = dir
-            .children
-            .extract_if(|_, known| known.seen != self.pass)
-            .collect();
+    pub(super) fn send_removed(&mut self, dir: &mut OpenDir, pass: &mut Pass<'_>) -> Result<(), TreeError> {
+        let gone: Vec<_> = dir.children.extract_if(|_, known| known.seen != self.pass).collect();
         for (name, known) in gone {
             let path = join(&dir.path, &name);
             if known.is_dir {

@@ -1,8 +1,5 @@
 //! One safe function for each system call a tree needs.
-#![allow(
-    unsafe_code,
-    reason = "sync_file_range(2) has no safe wrapper in rustix 1.1 or nix 0.31"
-)]
+#![allow(unsafe_code, reason = "sync_file_range(2) has no safe wrapper in rustix 1.1 or nix 0.31")]
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -11,41 +8,26 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{
-    AtFlags, Gid, Mode, OFlags, ResolveFlags, SeekFrom, Statx, StatxFlags, Timespec, Timestamps,
-    Uid,
-};
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, ResolveFlags, SeekFrom, Statx, StatxFlags, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
 
 use super::entry::Timestamp;
 
-const BENEATH: ResolveFlags = ResolveFlags::BENEATH
-    .union(ResolveFlags::NO_SYMLINKS)
-    .union(ResolveFlags::NO_MAGICLINKS);
+const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 const SAME_MOUNT: ResolveFlags = BENEATH.union(ResolveFlags::NO_XDEV);
 /// A name is opened to hold its inode, whatever its type, without any effect on it.
 const HOLD: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// Opens a tree's root, which the agent names and may be a symlink.
 pub(super) fn open_root(root: &Path) -> io::Result<OwnedFd> {
-    Ok(rustix::fs::open(
-        root,
-        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?)
+    Ok(rustix::fs::open(root, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
 }
 
 /// Opens the directory `path` beneath `root` to be listed, without leaving the mount.
 pub(super) fn open_dir(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let path = if path.is_empty() { b"." } else { path };
-    match rustix::fs::openat2(
-        root,
-        path,
-        flags | OFlags::NOATIME,
-        Mode::empty(),
-        SAME_MOUNT,
-    ) {
+    match rustix::fs::openat2(root, path, flags | OFlags::NOATIME, Mode::empty(), SAME_MOUNT) {
         Err(Errno::PERM) => rustix::fs::openat2(root, path, flags, Mode::empty(), SAME_MOUNT),
         opened => opened,
     }
@@ -54,13 +36,7 @@ pub(super) fn open_dir(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd, Err
 /// Holds the directory `path` beneath `root`, for calls that name something in it.
 pub(super) fn hold_dir(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd, Errno> {
     let path = if path.is_empty() { b"." } else { path };
-    rustix::fs::openat2(
-        root,
-        path,
-        HOLD | OFlags::DIRECTORY,
-        Mode::empty(),
-        SAME_MOUNT,
-    )
+    rustix::fs::openat2(root, path, HOLD | OFlags::DIRECTORY, Mode::empty(), SAME_MOUNT)
 }
 
 /// Holds the inode `name` in `dir`, without following a symlink or leaving the mount.
@@ -117,9 +93,7 @@ pub(super) fn xattr_names(node: BorrowedFd<'_>) -> io::Result<Vec<Vec<u8>>> {
         Err(Errno::NOTSUP) => Vec::new(),
         list => list?,
     };
-    let names = list
-        .split(|&byte| byte == 0)
-        .filter(|name| !name.is_empty());
+    let names = list.split(|&byte| byte == 0).filter(|name| !name.is_empty());
     Ok(names.map(<[u8]>::to_vec).collect())
 }
 
@@ -150,12 +124,7 @@ fn sized_read(read: impl Fn(&mut [u8]) -> Result<usize, Errno>) -> Result<Vec<u8
 
 /// Sets an extended attribute of a held inode.
 pub(super) fn set_xattr(node: BorrowedFd<'_>, name: &[u8], value: &[u8]) -> Result<(), Errno> {
-    rustix::fs::setxattr(
-        magic_link(node),
-        name,
-        value,
-        rustix::fs::XattrFlags::empty(),
-    )
+    rustix::fs::setxattr(magic_link(node), name, value, rustix::fs::XattrFlags::empty())
 }
 
 /// Removes an extended attribute of a held inode.
@@ -165,13 +134,7 @@ pub(super) fn remove_xattr(node: BorrowedFd<'_>, name: &[u8]) -> Result<(), Errn
 
 /// Sets the owner of a held inode.
 pub(super) fn set_owner(node: BorrowedFd<'_>, uid: u32, gid: u32) -> Result<(), Errno> {
-    rustix::fs::chownat(
-        node,
-        c"",
-        Some(Uid::from_raw(uid)),
-        Some(Gid::from_raw(gid)),
-        AtFlags::EMPTY_PATH,
-    )
+    rustix::fs::chownat(node, c"", Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), AtFlags::EMPTY_PATH)
 }
 
 /// Sets the mode of a held inode that is no symlink.
@@ -180,19 +143,9 @@ pub(super) fn set_mode(node: BorrowedFd<'_>, mode: u32) -> Result<(), Errno> {
 }
 
 /// Sets the times of a held inode.
-pub(super) fn set_times(
-    node: BorrowedFd<'_>,
-    atime: Timestamp,
-    mtime: Timestamp,
-) -> Result<(), Errno> {
-    let spec = |time: Timestamp| Timespec {
-        tv_sec: time.secs,
-        tv_nsec: time.nanos.into(),
-    };
-    let times = Timestamps {
-        last_access: spec(atime),
-        last_modification: spec(mtime),
-    };
+pub(super) fn set_times(node: BorrowedFd<'_>, atime: Timestamp, mtime: Timestamp) -> Result<(), Errno> {
+    let spec = |time: Timestamp| Timespec { tv_sec: time.secs, tv_nsec: time.nanos.into() };
+    let times = Timestamps { last_access: spec(atime), last_modification: spec(mtime) };
     rustix::fs::utimensat(node, c"", &times, AtFlags::EMPTY_PATH)
 }
 
@@ -216,27 +169,16 @@ pub(super) fn next_data(file: &File, from: u64, size: u64) -> io::Result<Option<
 /// Writes a file's dirty pages back and waits, so that the next store through a shared mapping faults and moves
 /// `ctime` (`page_mkwrite`, kernel `Documentation/filesystems/locking.rst`). Unlike fsync it commits no journal.
 pub(super) fn protect_mapped_pages(file: &File) -> io::Result<()> {
-    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
-        | libc::SYNC_FILE_RANGE_WRITE
-        | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
     // SAFETY: the call takes no pointer, and the descriptor is open while `file` is borrowed.
     let done = unsafe { libc::sync_file_range(file.as_fd().as_raw_fd(), 0, 0, flags) };
-    if done == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The clock that inode times are taken from.
 pub(super) fn now() -> Timestamp {
-    let since_epoch = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    Timestamp {
-        secs: i64::try_from(since_epoch.as_secs()).unwrap_or(i64::MAX),
-        nanos: since_epoch.subsec_nanos(),
-    }
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp { secs: i64::try_from(since_epoch.as_secs()).unwrap_or(i64::MAX), nanos: since_epoch.subsec_nanos() }
 }
 
 #[cfg(test)]
@@ -253,21 +195,9 @@ pub(super) mod tests {
         pub(in super::super) fn new(file: &File, len: usize) -> Self {
             let access = libc::PROT_READ | libc::PROT_WRITE;
             // SAFETY: a new mapping at an address of the kernel's choice, unmapped in `drop`.
-            let start = unsafe {
-                libc::mmap(
-                    std::ptr::null_mut(),
-                    len,
-                    access,
-                    libc::MAP_SHARED,
-                    file.as_raw_fd(),
-                    0,
-                )
-            };
+            let start = unsafe { libc::mmap(std::ptr::null_mut(), len, access, libc::MAP_SHARED, file.as_raw_fd(), 0) };
             assert_ne!(start, libc::MAP_FAILED);
-            Self {
-                start: start.cast(),
-                len,
-            }
+            Self { start: start.cast(), len }
         }
 
         pub(in super::super) fn store(&mut self, offset: usize, byte: u8) {

@@ -50,8 +50,7 @@ async fn run(cli: &Cli) -> Result<()> {
     let journal = Journal::open(config.paths.state.join("dest"))?;
     arrival::recover(&config, &journal).await;
 
-    let listener =
-        TcpListener::bind(config.listen).await.with_context(|| format!("listen at {}", config.listen))?;
+    let listener = TcpListener::bind(config.listen).await.with_context(|| format!("listen at {}", config.listen))?;
     let service = PeerService::new(config.clone(), journal);
     let arrivals = service.arrivals();
     let server = tonic::transport::Server::builder()

@@ -12,7 +12,6 @@ use crate::options::VolumeRule;
 #[command(
     name = "migrate",
     version,
-    args_conflicts_with_subcommands = true,
     arg_required_else_help = true,
     after_help = "Exit codes: 0 moved · 1 failed, the container runs here · 2 usage · 3 refused, nothing was touched · \
                   5 in doubt · 125 the source agent can't be reached"

@@ -52,7 +52,10 @@ pub(super) fn status(reports: &[Report]) -> String {
     if reports.is_empty() {
         return "no migrations".to_owned();
     }
-    let mut lines = vec![format!("{:<36} {:<20} {:<16} {:<10} {:<14} {:>10}", "MIGRATION", "CONTAINER", "TO", "OUTCOME", "PHASE", "DOWNTIME")];
+    let mut lines = vec![format!(
+        "{:<36} {:<20} {:<16} {:<10} {:<14} {:>10}",
+        "MIGRATION", "CONTAINER", "TO", "OUTCOME", "PHASE", "DOWNTIME"
+    )];
     for report in reports {
         let outcome = serde_json::to_value(report.outcome).ok().and_then(|value| value.as_str().map(str::to_owned));
         let downtime = report.downtime_ms.map(|ms| format!("{ms:.0} ms")).unwrap_or_default();

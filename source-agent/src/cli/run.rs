@@ -74,7 +74,9 @@ async fn migrate(socket: &Path, format: Format, args: MigrateArgs) -> Result<u8>
                 continue;
             }
         };
-        let event = event.map_err(|status| anyhow!("the source agent went away ({}): `migrate status` once it is back", status.message()))?;
+        let event = event.map_err(|status| {
+            anyhow!("the source agent went away ({}): `migrate status` once it is back", status.message())
+        })?;
         let Some(event) = event.and_then(|event| event.event) else {
             return Err(anyhow!("the source agent ended the migration's events without its end: `migrate status`"));
         };
@@ -138,7 +140,10 @@ fn make_certificates(command: PkiCommand) -> Result<u8> {
     match command {
         PkiCommand::Init { dir } => {
             pki::init(&dir)?;
-            println!("authority in {}: keep ca-key.pem here, and issue certificates with `migrate pki issue HOST`", dir.display());
+            println!(
+                "authority in {}: keep ca-key.pem here, and issue certificates with `migrate pki issue HOST`",
+                dir.display()
+            );
         }
         PkiCommand::Issue { host, names, days, dir } => {
             let made = pki::issue(&dir, &host, &names, days)?;

@@ -117,7 +117,7 @@ pub async fn inspect(
     let tasks = freezer.tasks()?;
     let stdio = stdio::examine(id, state.pid, &oci, options, &mut obstacles)?;
     tasks::examine(state.pid, &tasks, &stdio, &mut obstacles)?;
-    let (network, ports, netns_key) = network(&oci, state.pid, &tasks, &mut obstacles)?;
+    let (network, ports, netns_key) = network(&oci, state.pid, &freezer, &mut obstacles)?;
     sockets::examine(state.pid, &tasks, matches!(network, Network::Host), &mut obstacles)?;
     let mut description = Description {
         version: VERSION,
@@ -141,7 +141,7 @@ pub async fn inspect(
 fn network(
     oci: &Value,
     init: i32,
-    tasks: &[i32],
+    freezer: &Freezer,
     obstacles: &mut Vec<Obstacle>,
 ) -> Result<(Network, Vec<Port>, Option<String>), InspectError> {
     let netns = Netns::of_task(init)?;
@@ -156,7 +156,7 @@ fn network(
         .find(|namespace| namespace["type"] == "network")
         .and_then(|namespace| namespace["path"].as_str())
         .map(str::to_owned);
-    if let Some(other) = other_user(inode, tasks) {
+    if let Some(other) = other_user(inode, freezer) {
         obstacles.push(Obstacle::new(
             "network namespace",
             format!("task {other}, which is not of this container, uses it too"),
@@ -178,16 +178,17 @@ fn network(
 }
 
 /// A task outside the container that is in its network namespace.
-fn other_user(inode: u64, tasks: &[i32]) -> Option<i32> {
+fn other_user(inode: u64, freezer: &Freezer) -> Option<i32> {
     let wanted = format!("net:[{inode}]");
     let entries = std::fs::read_dir("/proc").ok()?;
     entries
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-        .filter(|pid| !tasks.contains(pid))
-        .find(|pid| {
+        .filter(|pid| {
             std::fs::read_link(format!("/proc/{pid}/ns/net")).is_ok_and(|link| link.as_os_str() == wanted.as_str())
         })
+        // Asked now and not of a list: tasks come and go while we look.
+        .find(|pid| !freezer.contains(*pid) && Path::new(&format!("/proc/{pid}")).exists())
 }
 
 fn disk_bytes(description: &Description) -> u64 {
@@ -200,7 +201,12 @@ fn disk_bytes(description: &Description) -> u64 {
         StdioTarget::File { path, .. } => Some(path),
         StdioTarget::Pipe { log, .. } => log.as_ref(),
     });
-    [root].into_iter().chain(volumes.map(|volume| &volume.source)).chain(logs).map(|path| size_of(Path::new(path))).sum()
+    [root]
+        .into_iter()
+        .chain(volumes.map(|volume| &volume.source))
+        .chain(logs)
+        .map(|path| size_of(Path::new(path)))
+        .sum()
 }
 
 /// Bytes in use below a path, on its filesystem alone.

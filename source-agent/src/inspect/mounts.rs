@@ -94,7 +94,10 @@ fn unknown_mounts(mountinfo: &str, configured: &[String], obstacles: &mut Vec<Ob
         if !known {
             obstacles.push(Obstacle::new(
                 format!("mount {place}"),
-                format!("it is a {} filesystem mounted inside the container, which can't be made again elsewhere", mount.fstype),
+                format!(
+                    "it is a {} filesystem mounted inside the container, which can't be made again elsewhere",
+                    mount.fstype
+                ),
                 "unmount it in the container, or give it to the container as a bind mount",
             ));
         }

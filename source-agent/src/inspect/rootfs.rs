@@ -29,7 +29,8 @@ pub(super) fn find(oci: &Value, bundle: &Path, digests: &LayerDigests) -> Result
         .lowers
         .into_iter()
         .map(|lower| {
-            let real = Path::new(&lower).canonicalize().map_err(|error| wrap(format!("lower layer {lower}: {error}")))?;
+            let real =
+                Path::new(&lower).canonicalize().map_err(|error| wrap(format!("lower layer {lower}: {error}")))?;
             Ok(Layer { digest: digests.digest(&real)?, path: display(&real) })
         })
         .collect::<Result<Vec<_>, InspectError>>()?;

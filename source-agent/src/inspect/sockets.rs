@@ -87,7 +87,9 @@ fn external_peers(rows: &str, own: &HashSet<u64>) -> Vec<(String, u64)> {
 /// MPTCP sockets in the namespace, from `/proc/net/protocols`.
 fn mptcp_sockets(protocols: &str) -> u64 {
     let rows = protocols.lines().filter(|line| line.starts_with("MPTCP"));
-    rows.filter_map(|line| line.split_whitespace().nth(2)?.parse::<i64>().ok()).map(|count| count.max(0).unsigned_abs()).sum()
+    rows.filter_map(|line| line.split_whitespace().nth(2)?.parse::<i64>().ok())
+        .map(|count| count.max(0).unsigned_abs())
+        .sum()
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! A container's tasks: what they hold that CRIU can't save.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use longhaul_common::description::{Stdio, StdioTarget};
@@ -11,7 +11,11 @@ use super::{InspectError, mount_lines, name_of, read_proc};
 
 /// Kinds of anonymous files CRIU 4.2 can't save, and what to do about each.
 const UNSUPPORTED: [(&str, &str, &str); 7] = [
-    ("anon_inode:[io_uring]", "io_uring", "turn it off in the program (node: UV_USE_IO_URING=0; PostgreSQL 18: io_method=worker)"),
+    (
+        "anon_inode:[io_uring]",
+        "io_uring",
+        "turn it off in the program (node: UV_USE_IO_URING=0; PostgreSQL 18: io_method=worker)",
+    ),
     ("anon_inode:[userfaultfd]", "a userfaultfd", "only garbage collectors and hypervisors use it: turn that mode off"),
     ("anon_inode:[perf_event]", "a performance counter", "end the profiler"),
     ("anon_inode:bpf-", "a BPF object", "end the program that loaded it"),
@@ -54,16 +58,13 @@ pub(super) fn examine(
 
 /// Tasks in the container's cgroup that are not descendants of its first: CRIU saves one tree.
 fn strangers(init: i32, tasks: &[i32], obstacles: &mut Vec<Obstacle>) {
-    let parents: HashMap<i32, i32> = tasks.iter().filter_map(|&pid| Some((pid, parent_of(pid)?))).collect();
     for &pid in tasks {
-        let mut ancestor = pid;
-        while ancestor != init {
-            match parents.get(&ancestor) {
-                Some(&parent) => ancestor = parent,
-                None => break,
-            }
+        let mut ancestor = Some(pid);
+        // Asked now and not of a list: tasks come and go while we look. One that is gone is nobody's stranger.
+        while let Some(task) = ancestor.filter(|task| *task != init && *task > 1) {
+            ancestor = parent_of(task);
         }
-        if ancestor != init {
+        if ancestor.is_some_and(|ancestor| ancestor != init) {
             obstacles.push(Obstacle::new(
                 name_of(pid),
                 "it was started in the container from outside (`runc exec`) and is no child of its first task",
@@ -82,7 +83,9 @@ fn descriptor(pid: i32, fd: i32, link: &str, inside: &HashSet<String>, known: &H
     if let Some((_, what, fix)) = UNSUPPORTED.iter().find(|(prefix, _, _)| link.starts_with(prefix)) {
         return Some(Obstacle::new(name_of(pid), format!("it uses {what}, which CRIU can't save"), *fix));
     }
-    if !link.starts_with('/') {
+    // Memory with a file's name: CRIU saves it as memory.
+    const MEMORY: [&str; 4] = ["/memfd:", "/SYSV", "/dev/zero", "/[aio]"];
+    if !link.starts_with('/') || MEMORY.iter().any(|prefix| link.starts_with(prefix)) {
         return None;
     }
     let path = format!("/proc/{pid}/fd/{fd}");
@@ -147,7 +150,8 @@ fn push_once(obstacles: &mut Vec<Obstacle>, obstacle: Obstacle) {
 /// The memory a task has in use, in bytes; what is shared counts by parts.
 pub(super) fn memory_of(pid: i32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
-    let kib = text.lines().find_map(|line| line.strip_prefix("Pss:")?.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    let kib =
+        text.lines().find_map(|line| line.strip_prefix("Pss:")?.trim().trim_end_matches(" kB").parse::<u64>().ok());
     kib.unwrap_or(0) << 10
 }
 

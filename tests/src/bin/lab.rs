@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use longhaul_lab::container::{ContainerSpec, Rootfs};
 use longhaul_lab::harness::Counts;
 use longhaul_lab::lab::Lab;
-use longhaul_lab::{agents, enter, harness, scenarios, host_init, machine};
+use longhaul_lab::{agents, demo, enter, harness, host_init, machine, scenarios};
 
 #[derive(Parser)]
 #[command(name = "cargo lab", about = "Two real hosts on one machine: demo, tests, benchmarks", version)]
@@ -20,6 +20,12 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Move a redis between two hosts under a client's eyes
+    Demo {
+        /// End with one JSON object on standard output
+        #[arg(long)]
+        json: bool,
+    },
     /// Run the unit tests and every scenario; with a word, only scenarios whose name has it
     Test {
         /// Part of a scenario's name; `unit` for the unit tests alone
@@ -93,12 +99,13 @@ fn run(command: Command) -> Result<i32> {
     match command {
         Command::HostInit { spec } => host_init::run(&serde_json::from_str(&spec)?),
         Command::Enter { pid, cgroup, command } => enter::run(pid, &cgroup, &command),
+        Command::Demo { json } => {
+            prepare()?;
+            Ok(i32::from(!demo::run(json)?))
+        }
         Command::Test { filter } => test(filter.as_deref()),
         Command::Up { hosts } => {
-            machine::check()?;
-            machine::install_tools()?;
-            Lab::sweep();
-            agents::build()?;
+            prepare()?;
             let mut lab = Lab::up_detached(&lab_name(), hosts)?;
             if let Err(error) = agents::install(&lab) {
                 lab.down();
@@ -136,12 +143,17 @@ fn run(command: Command) -> Result<i32> {
     }
 }
 
-fn test(filter: Option<&str>) -> Result<i32> {
+/// What every run needs: a machine that can do it, its tools, nothing left of an earlier run, and fresh programs.
+fn prepare() -> Result<()> {
     machine::check()?;
     machine::install_tools()?;
     end_labs_on_signal();
     Lab::sweep();
-    agents::build()?;
+    agents::build()
+}
+
+fn test(filter: Option<&str>) -> Result<i32> {
+    prepare()?;
     let mut counts = Counts::default();
     if matches!(filter, None | Some("unit")) {
         counts = harness::run_unit_tests()?;

@@ -64,7 +64,10 @@ fn nginx_under_load(lab: &Lab) -> Result<()> {
     let output = load.wait_with_output()?;
     moved?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let fine = output.status.success() && text.contains("Requests/sec") && !text.contains("Non-2xx") && !text.contains("Socket errors");
+    let fine = output.status.success()
+        && text.contains("Requests/sec")
+        && !text.contains("Non-2xx")
+        && !text.contains("Socket errors");
     ensure!(fine, "wrk saw failures:\n{text}");
     Ok(())
 }
@@ -87,7 +90,10 @@ fn container_as_client(lab: &Lab) -> Result<()> {
 
 /// A sink takes one connection alone, so it can't be asked by connecting.
 fn wait_listening(host: &crate::lab::Host, port: u16) -> Result<()> {
-    host.sh(&format!("for i in $(seq 500); do ss -Hltn sport = :{port} | grep -q . && exit 0; sleep 0.02; done; exit 1")).map(drop)
+    host.sh(&format!(
+        "for i in $(seq 500); do ss -Hltn sport = :{port} | grep -q . && exit 0; sleep 0.02; done; exit 1"
+    ))
+    .map(drop)
 }
 
 fn udp(lab: &Lab) -> Result<()> {
@@ -122,7 +128,8 @@ fn idle_connections(lab: &Lab) -> Result<()> {
     let command = ["lab-tool", "tcp-echo", "--listen", "0.0.0.0:7003"];
     ContainerSpec::new("hold", Ipv4Addr::new(10, 77, 0, 25), &command).start(stage.a)?;
     wait_port(stage.c, "10.77.0.25:7003")?;
-    let mut client = Client::start(stage.c, &["tcp-hold", "--addr", "10.77.0.25:7003", "--conns", "100", "--seconds", "60"])?;
+    let mut client =
+        Client::start(stage.c, &["tcp-hold", "--addr", "10.77.0.25:7003", "--conns", "100", "--seconds", "60"])?;
     client.wait_progress("connected", 0)?;
     move_to("hold", stage.a, stage.b)?;
     let report = client.finish()?;
@@ -146,9 +153,7 @@ fn ipv6(lab: &Lab) -> Result<()> {
 
 fn selfcheck(lab: &Lab) -> Result<()> {
     let stage = Stage::of(lab)?;
-    let command = [
-        "lab-tool", "selfcheck", "run", "--dir", "/work", "--listen", "0.0.0.0:7004", "--without", WITHOUT,
-    ];
+    let command = ["lab-tool", "selfcheck", "run", "--dir", "/work", "--listen", "0.0.0.0:7004", "--without", WITHOUT];
     for (name, rootfs) in [("check-overlay", Rootfs::Overlay), ("check-plain", Rootfs::Plain)] {
         let mut spec = ContainerSpec::new(name, Ipv4Addr::new(10, 77, 0, 27), &command);
         spec.rootfs = rootfs;
@@ -175,7 +180,19 @@ const WITHOUT: &str = "worker-user";
 fn memcheck(lab: &Lab) -> Result<()> {
     let stage = Stage::of(lab)?;
     let command = [
-        "lab-tool", "memcheck", "run", "--mib", "64", "--rate", "5000", "--procs", "2", "--threads", "2", "--listen", "0.0.0.0:7005",
+        "lab-tool",
+        "memcheck",
+        "run",
+        "--mib",
+        "64",
+        "--rate",
+        "5000",
+        "--procs",
+        "2",
+        "--threads",
+        "2",
+        "--listen",
+        "0.0.0.0:7005",
     ];
     ContainerSpec::new("memory", Ipv4Addr::new(10, 77, 0, 28), &command).start(stage.a)?;
     wait_port(stage.c, "10.77.0.28:7005")?;

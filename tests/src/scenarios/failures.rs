@@ -12,8 +12,14 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
         Scenario { name: "a restore that fails leaves the source running and connected", run: failed_restore },
         Scenario { name: "a cancelled move leaves the source running and connected", run: cancelled },
-        Scenario { name: "a destination agent that is killed leaves the source running and connected", run: dest_killed },
-        Scenario { name: "a source agent that is killed leaves the container running and connected", run: source_killed },
+        Scenario {
+            name: "a destination agent that is killed leaves the source running and connected",
+            run: dest_killed,
+        },
+        Scenario {
+            name: "a source agent that is killed leaves the container running and connected",
+            run: source_killed,
+        },
         Scenario { name: "a dry run touches nothing", run: dry_run },
         Scenario { name: "an agent told to end ends and comes back", run: restart },
     ]
@@ -72,7 +78,7 @@ fn cancelled(lab: &Lab) -> Result<()> {
     grow(stage.c)?;
     let client = counter(stage.c)?;
     let mut moving = stage.a.command(["migrate", "web", "--to", &stage.b.name, "--progress", "plain"]).spawn()?;
-    stage.a.sh("for i in $(seq 2000); do migrate status | grep -q -e freeze -e final-state && exec migrate cancel web; sleep 0.002; done; exit 1")?;
+    stage.a.sh("for i in $(seq 2000); do migrate status | grep running | grep -q -e freeze -e final-state && exec migrate cancel web; sleep 0.002; done; exit 1")?;
     let status = moving.wait()?;
     ensure!(status.code() == Some(1), "migrate ended with {status}");
     goes_on(client, stage.a)?;
@@ -85,7 +91,7 @@ fn dest_killed(lab: &Lab) -> Result<()> {
     grow(stage.c)?;
     let client = counter(stage.c)?;
     let mut moving = stage.a.command(["migrate", "web", "--to", &stage.b.name, "--progress", "plain"]).spawn()?;
-    stage.a.sh("for i in $(seq 2000); do migrate status | grep -q -e freeze -e final-state && exit 0; sleep 0.002; done; exit 1")?;
+    stage.a.sh("for i in $(seq 2000); do migrate status | grep running | grep -q -e freeze -e final-state && exit 0; sleep 0.002; done; exit 1")?;
     stage.b.sh("pkill -KILL -x longhaul-dest")?;
     let status = moving.wait()?;
     ensure!(status.code() == Some(1), "migrate ended with {status}");
@@ -101,12 +107,14 @@ fn source_killed(lab: &Lab) -> Result<()> {
     grow(stage.c)?;
     let client = counter(stage.c)?;
     let mut moving = stage.a.command(["migrate", "web", "--to", &stage.b.name, "--progress", "plain"]).spawn()?;
-    stage.a.sh("for i in $(seq 2000); do migrate status | grep -q -e freeze -e final-state && exec pkill -KILL -x longhaul-source; sleep 0.002; done; exit 1")?;
+    stage.a.sh("for i in $(seq 2000); do migrate status | grep running | grep -q -e freeze -e final-state && exec pkill -KILL -x longhaul-source; sleep 0.002; done; exit 1")?;
     let _ = moving.wait()?;
     agents::start(stage.a, Agent::Source)?;
     agents::wait_ready(stage.a)?;
     goes_on(client, stage.a)?;
-    stage.b.sh("for i in $(seq 1000); do [ -z \"$(runc list -q)$(ls /srv/containers)\" ] && exit 0; sleep 0.02; done; exit 1")?;
+    stage.b.sh(
+        "for i in $(seq 1000); do [ -z \"$(runc list -q)$(ls /srv/containers)\" ] && exit 0; sleep 0.02; done; exit 1",
+    )?;
     destination_is_empty(stage.b)
 }
 
@@ -125,6 +133,13 @@ fn restart(lab: &Lab) -> Result<()> {
     for agent in [Agent::Source, Agent::Dest] {
         restart_agent(stage.a, agent)?;
     }
-    ensure!(!stage.a.sh("cat /proc/mounts")?.lines().any(|line| line.starts_with("longhaul /run/longhaul") && line.contains("deleted")), "a mount is left");
+    ensure!(
+        !stage
+            .a
+            .sh("cat /proc/mounts")?
+            .lines()
+            .any(|line| line.starts_with("longhaul /run/longhaul") && line.contains("deleted")),
+        "a mount is left"
+    );
     Ok(())
 }

@@ -71,7 +71,10 @@ fn everything_arrives(lab: &Lab, rootfs: Rootfs) -> Result<()> {
     spec.start(stage.a)?;
     exec(stage.a, "files", MAKE)?;
     let before = exec(stage.a, "files", LIST)?;
-    ensure!(before.contains("linked") && before.contains("sparse\n") && before.contains("cap_net_raw"), "not made: {before}");
+    ensure!(
+        before.contains("linked") && before.contains("sparse\n") && before.contains("cap_net_raw"),
+        "not made: {before}"
+    );
     move_to("files", stage.a, stage.b)?;
     let after = exec(stage.b, "files", LIST)?;
     ensure!(before == after, "files differ.\nbefore:\n{before}\nafter:\n{after}");
@@ -124,7 +127,8 @@ fn must_be_whole(log: &str) -> Result<usize> {
 }
 
 fn wait_lines(host: &Host, log: &str, lines: usize) -> Result<()> {
-    host.sh(&format!("for i in $(seq 500); do [ $(wc -l < {log}) -gt {lines} ] && exit 0; sleep 0.02; done; exit 1")).map(drop)
+    host.sh(&format!("for i in $(seq 500); do [ $(wc -l < {log}) -gt {lines} ] && exit 0; sleep 0.02; done; exit 1"))
+        .map(drop)
 }
 
 fn log_file(lab: &Lab) -> Result<()> {
@@ -147,9 +151,14 @@ fn log_pipe(lab: &Lab) -> Result<()> {
     let spec = ContainerSpec::new("piped", ADDRESS, &["sh", "-c", TICKER]);
     let bundle = spec.bundle();
     spec.start(stage.a)?;
-    stage.a.sh(&format!("runc delete --force piped; mkfifo /tmp/pipe; (cat /tmp/pipe > /tmp/old.log &) ; runc run --detach --bundle {bundle} piped </dev/null >/tmp/pipe 2>&1"))?;
+    stage.a.sh(&format!(
+        "runc delete --force piped; \
+         (runc run --detach --bundle {bundle} piped </dev/null 2>&1 | cat >/tmp/old.log) >/dev/null 2>&1 </dev/null &"
+    ))?;
+    stage.a.sh("for i in $(seq 500); do [ -s /tmp/old.log ] && exit 0; sleep 0.02; done; exit 1")?;
     wait_lines(stage.a, "/tmp/old.log", 10)?;
-    let said = migrate(stage.a, &["piped", "--to", &stage.b.name, "--log", "/var/log/containers/piped-there.log", "-q"])?;
+    let said =
+        migrate(stage.a, &["piped", "--to", &stage.b.name, "--log", "/var/log/containers/piped-there.log", "-q"])?;
     ensure!(said.code == 0, "{}", said.text());
     wait_lines(stage.b, "/var/log/containers/piped-there.log", 20)?;
     Ok(())
@@ -159,13 +168,20 @@ fn volumes(lab: &Lab) -> Result<()> {
     let stage = Stage::of(lab)?;
     let mut spec = sleeper("volumes", Rootfs::Overlay);
     let bind = |destination: &str, source: &str| json!({ "destination": destination, "source": source, "type": "bind", "options": ["rbind", "rw"] });
-    spec.mounts = vec![bind("/data", "/srv/volumes/data"), bind("/shared", "/srv/volumes/shared"), bind("/etc/conf", "/srv/volumes/conf")];
+    spec.mounts = vec![
+        bind("/data", "/srv/volumes/data"),
+        bind("/shared", "/srv/volumes/shared"),
+        bind("/etc/conf", "/srv/volumes/conf"),
+    ];
     stage.a.sh("mkdir -p /srv/volumes/data/sub /srv/volumes/shared; echo here > /srv/volumes/data/sub/file; echo conf > /srv/volumes/conf")?;
     stage.b.sh("mkdir -p /srv/volumes/shared; echo there > /srv/volumes/shared/file")?;
     spec.start(stage.a)?;
     let refused = migrate(stage.a, &["volumes", "--to", &stage.b.name, "-q"])?;
     ensure!(refused.code == 3 && refused.obstacles().contains("/data=copy"), "{}", refused.text());
-    let moved = migrate(stage.a, &["volumes", "--to", &stage.b.name, "-q", "--volumes", "copy", "--volumes", "/shared=shared"])?;
+    let moved = migrate(
+        stage.a,
+        &["volumes", "--to", &stage.b.name, "-q", "--volumes", "copy", "--volumes", "/shared=shared"],
+    )?;
     ensure!(moved.code == 0, "{}", moved.text());
     let seen = exec(stage.b, "volumes", "cat /data/sub/file /shared/file /etc/conf")?;
     ensure!(seen == "here\nthere\nconf\n", "the volumes hold {seen:?}");
@@ -177,7 +193,10 @@ fn changing(lab: &Lab) -> Result<()> {
     let writer = "i=0; mkdir /out; while :; do i=$((i+1)); echo $i > /out/new; mv /out/new /out/$((i%50)); echo $i >> /out/log; done";
     let spec = ContainerSpec::new("writer", ADDRESS, &["sh", "-c", writer]);
     spec.start(stage.a)?;
-    stage.a.sh(&format!("for i in $(seq 500); do [ -s {0}/upper/out/log ] && exit 0; sleep 0.02; done; exit 1", spec.bundle()))?;
+    stage.a.sh(&format!(
+        "for i in $(seq 500); do [ -s {0}/upper/out/log ] && exit 0; sleep 0.02; done; exit 1",
+        spec.bundle()
+    ))?;
     move_to("writer", stage.a, stage.b)?;
     // The writer goes on from where it was: a file that arrived late would break the sequence.
     exec(stage.b, "writer", "awk '{ if ($1 != NR) { print \"broken at \" NR; exit 1 } }' /out/log")?;

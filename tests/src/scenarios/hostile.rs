@@ -28,7 +28,10 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 }
 
 /// Runs `attack` with the identity and the network of `from`.
-fn as_host<F: Future<Output = Result<()>>>(from: &Host, attack: impl FnOnce(PeerClient<Channel>) -> F + Send) -> Result<()> {
+fn as_host<F: Future<Output = Result<()>>>(
+    from: &Host,
+    attack: impl FnOnce(PeerClient<Channel>) -> F + Send,
+) -> Result<()> {
     let tls = |file: &str| from.path(&format!("/etc/longhaul/tls/{file}"));
     let files = TlsFiles { ca: tls("ca.pem"), cert: tls("cert.pem"), key: tls("key.pem") };
     let netns = std::fs::File::open(format!("/proc/{}/ns/net", from.init))?;
@@ -38,8 +41,11 @@ fn as_host<F: Future<Output = Result<()>>>(from: &Host, attack: impl FnOnce(Peer
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {
                 let identity = Identity::load(&files)?;
-                let address =
-                    PeerAddress { host: "host2".into(), address: "10.77.0.2:7474".into(), certificate_name: "host2".into() };
+                let address = PeerAddress {
+                    host: "host2".into(),
+                    address: "10.77.0.2:7474".into(),
+                    certificate_name: "host2".into(),
+                };
                 attack(longhaul_proto::peer_client(connect(&identity, &address).await?)).await
             })
         });
@@ -89,7 +95,9 @@ impl Control {
 
     async fn prepared(client: &mut PeerClient<Channel>, id: &str) -> Result<Self> {
         let mut control = Self::open(client).await?;
-        let Reply::Verdict(verdict) = control.offer(id, description("hostile").to_json()).await? else { bail!("no verdict") };
+        let Reply::Verdict(verdict) = control.offer(id, description("hostile").to_json()).await? else {
+            bail!("no verdict")
+        };
         ensure!(verdict.obstacles.is_empty(), "{:?}", verdict.obstacles);
         ensure!(matches!(control.say(Request::Prepare(peer::Prepare {})).await?, Reply::Prepared(_)), "not prepared");
         Ok(control)
@@ -118,7 +126,7 @@ fn file(path: &[u8], size: u64) -> peer::tree_message::Message {
 /// After an attack: no container, no directory of it, no file where it pointed.
 fn nothing_left(host: &Host) -> Result<()> {
     let script = "for i in $(seq 500); do [ -z \"$(ls /srv/containers 2>/dev/null)$(ls /run/longhaul/dest)\" ] && break; sleep 0.02; done; \
-                  ls /srv/containers /run/longhaul/dest 2>/dev/null | grep -v -e : -e '^$'; ls /tmp/evil /etc/evil /srv/evil 2>/dev/null; runc list -q; true";
+                  ls /srv/containers /run/longhaul/dest 2>/dev/null | grep -v -e : -e '^$' || true; ls /tmp/evil /etc/evil /srv/evil 2>/dev/null || true; runc list -q";
     let left = host.sh(script)?;
     ensure!(left.trim().is_empty(), "left behind: {left}");
     Ok(())
@@ -147,9 +155,14 @@ fn traversal(lab: &Lab) -> Result<()> {
             ensure!(refused.code() == tonic::Code::InvalidArgument, "{refused}");
         }
         // Through a symlink that was sent before.
-        let mut link = peer::TreeEntry { path: b"link".to_vec().into(), target: b"/tmp".to_vec().into(), ..peer::TreeEntry::default() };
+        let mut link = peer::TreeEntry {
+            path: b"link".to_vec().into(),
+            target: b"/tmp".to_vec().into(),
+            ..peer::TreeEntry::default()
+        };
         link.set_kind(peer::EntryKind::Symlink);
-        let stream = tokio_stream::iter(tree("evil-3", vec![peer::tree_message::Message::Entry(link), file(b"link/evil", 0)]));
+        let stream =
+            tokio_stream::iter(tree("evil-3", vec![peer::tree_message::Message::Entry(link), file(b"link/evil", 0)]));
         ensure!(client.push_tree(stream).await.is_err(), "a path through a symlink was taken");
         // Images with names that are paths.
         use peer::image_message::Message;
@@ -213,7 +226,10 @@ fn lies(lab: &Lab) -> Result<()> {
             ("an absurd size", vec![file(b"a", u64::MAX)]),
             ("a path too long", vec![file(&vec![b'x'; 5000], 0)]),
             ("a second start", vec![Message::Start(peer::TreeStart::default())]),
-            ("no kind", vec![Message::Entry(peer::TreeEntry { path: b"a".to_vec().into(), ..peer::TreeEntry::default() })]),
+            (
+                "no kind",
+                vec![Message::Entry(peer::TreeEntry { path: b"a".to_vec().into(), ..peer::TreeEntry::default() })],
+            ),
         ];
         for (n, (what, messages)) in attacks.into_iter().enumerate() {
             let id = format!("lies-{n}");
@@ -225,7 +241,9 @@ fn lies(lab: &Lab) -> Result<()> {
         }
         // Images that are announced and do not come.
         let mut control = Control::prepared(&mut client, "lies-images").await?;
-        let reply = control.say(Request::Arm(peer::Arm { descriptors: b"not json".to_vec().into(), neighbours: Vec::new() })).await?;
+        let reply = control
+            .say(Request::Arm(peer::Arm { descriptors: b"not json".to_vec().into(), neighbours: Vec::new() }))
+            .await?;
         ensure!(matches!(reply, Reply::Failed(_)), "armed with nonsense: {reply:?}");
         drop(control);
         wait_gone(&mut client, "lies-images").await?;

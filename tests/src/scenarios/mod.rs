@@ -48,7 +48,11 @@ const REDIS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 20);
 
 /// A redis that answers.
 fn redis(host: &Host, client: &Host) -> Result<ContainerSpec> {
-    let spec = ContainerSpec::new("web", REDIS, &["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", ""]);
+    let spec = ContainerSpec::new(
+        "web",
+        REDIS,
+        &["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", ""],
+    );
     spec.start(host)?;
     wait_port(client, "10.77.0.20:6379")?;
     Ok(spec)
@@ -114,7 +118,10 @@ fn knows(host: &Host, container: &str) -> Result<bool> {
 
 /// The counter lost nothing, repeated nothing, and kept its one connection.
 fn must_have_counted_on(report: &Value) -> Result<()> {
-    let fine = report["lost"] == 0 && report["repeated"] == 0 && report["connection_survived"] == true && report["connections"] == 1;
+    let fine = report["lost"] == 0
+        && report["repeated"] == 0
+        && report["connection_survived"] == true
+        && report["connections"] == 1;
     ensure!(fine, "the client saw the move: {report}");
     Ok(())
 }

@@ -43,7 +43,10 @@ fn mistakes(lab: &Lab) -> Result<()> {
     agents::wait_ready(stage.b)?;
     ensure!(down.code == 1 && down.text().contains("longhaul-dest running there"), "{}", down.text());
     ensure!(migrate(stage.a, &["web"])?.code == 2, "a missing --to is a usage error");
-    ensure!(migrate(stage.a, &["web", "--to", "host2", "--volumes", "maybe"])?.code == 2, "a bad rule is a usage error");
+    ensure!(
+        migrate(stage.a, &["web", "--to", "host2", "--volumes", "maybe"])?.code == 2,
+        "a bad rule is a usage error"
+    );
     let no_agent = stage.a.output(["migrate", "status", "--socket", "/nowhere"])?;
     ensure!(no_agent.status.code() == Some(125), "no agent is exit code 125");
     ensure!(migrate(stage.a, &["cancel"])?.code == 1, "nothing to cancel");
@@ -58,7 +61,9 @@ fn occupied(lab: &Lab) -> Result<()> {
     // The same id, path and address, all at once: each is named.
     web.start(stage.b)?;
     refused(&migrate(stage.a, &to)?, &["container web", "/srv/containers/web", "10.77.0.20", "in use"])?;
-    stage.b.sh("runc delete --force web; umount /srv/containers/web/rootfs; rm -rf /srv/containers/web /var/log/containers")?;
+    stage.b.sh(
+        "runc delete --force web; umount /srv/containers/web/rootfs; rm -rf /srv/containers/web /var/log/containers",
+    )?;
     stage.b.sh("ip link set br0 down; ip link set br0 name other")?;
     let bridge = stage.b.sh("ip link set other up; ip route show");
     let said = migrate(stage.a, &to);
@@ -105,12 +110,18 @@ fn unsaveable(lab: &Lab) -> Result<()> {
     // A unix socket whose other end is a process of the host.
     stage.a.sh("mkdir -p /srv/volumes/run; (socat UNIX-LISTEN:/srv/volumes/run/s,fork EXEC:cat >/dev/null 2>&1 &)")?;
     let mut spec = ContainerSpec::new("odd", address, &["sh", "-c", "sleep 1000000 | socat - UNIX-CONNECT:/host/s"]);
-    spec.mounts = vec![json!({ "destination": "/host", "source": "/srv/volumes/run", "type": "bind", "options": ["rbind"] })];
+    spec.mounts =
+        vec![json!({ "destination": "/host", "source": "/srv/volumes/run", "type": "bind", "options": ["rbind"] })];
     stage.a.sh("for i in $(seq 100); do [ -S /srv/volumes/run/s ] && exit 0; sleep 0.02; done; exit 1")?;
     spec.start(stage.a)?;
     stage.a.sh("for i in $(seq 200); do nsenter -t $(pgrep -x -n socat) -n ss -x -H | grep -q ESTAB && exit 0; sleep 0.02; done; exit 1")?;
-    refused(&migrate(stage.a, &["odd", "--to", "host2", "-q", "--volumes", "shared"])?, &["unix socket", "outside the container"])?;
-    stage.a.sh("pkill socat; runc delete --force odd; umount /srv/containers/odd/rootfs; rm -rf /srv/containers/odd")?;
+    refused(
+        &migrate(stage.a, &["odd", "--to", "host2", "-q", "--volumes", "shared"])?,
+        &["unix socket", "outside the container"],
+    )?;
+    stage
+        .a
+        .sh("pkill socat; runc delete --force odd; umount /srv/containers/odd/rootfs; rm -rf /srv/containers/odd")?;
 
     // A device.
     let mut spec = ContainerSpec::new("odd", address, &["sh", "-c", "mknod /tun c 10 229; exec sleep 1000000 < /tun"]);
@@ -128,12 +139,14 @@ fn unsaveable(lab: &Lab) -> Result<()> {
     spec.start(stage.a)?;
     stage.a.sh("runc exec --detach odd sleep 999 </dev/null >/dev/null 2>&1")?;
     refused(&migrate(stage.a, &to)?, &["runc exec", "end that session"])?;
-    stage.a.sh("pkill -f 'sleep 999'; runc pause odd")?;
+    stage.a.sh("pkill -f '[s]leep 999'; runc pause odd")?;
     refused(&migrate(stage.a, &to)?, &["paused", "runc resume odd"])?;
     stage.a.sh("runc resume odd")?;
     // A second interface of a kind that can't be rebuilt.
-    stage.a.sh("nsenter -t $(runc state odd | sed -n 's/.*\"pid\": \\([0-9]*\\).*/\\1/p') -n ip link add dummy9 type dummy")?;
-    refused(&migrate(stage.a, &to)?, &["dummy9", "veth"])
+    stage.a.sh(
+        "nsenter -t $(runc state odd | sed -n 's/.*\"pid\": \\([0-9]*\\).*/\\1/p') -n ip link add br9 type bridge",
+    )?;
+    refused(&migrate(stage.a, &to)?, &["br9", "veth"])
 }
 
 fn documents(lab: &Lab) -> Result<()> {

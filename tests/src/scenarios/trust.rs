@@ -32,14 +32,24 @@ fn identities(lab: &Lab) -> Result<()> {
     let stage = Stage::of(lab)?;
     redis(stage.a, stage.c)?;
     let install = "cp /tmp/pki/hosts/host1/* /etc/longhaul/tls/";
-    let wrong_ca = attempt(stage.a, &format!("rm -rf /tmp/pki; migrate pki init --dir /tmp/pki; migrate pki issue host1 --dir /tmp/pki; {install}"))?;
+    let wrong_ca = attempt(
+        stage.a,
+        &format!("rm -rf /tmp/pki; migrate pki init --dir /tmp/pki; migrate pki issue host1 --dir /tmp/pki; {install}"),
+    )?;
     ensure!(wrong_ca.contains("another authority"), "{wrong_ca}");
     // Ours signed by another authority, while we trust theirs: it is they who refuse.
-    let foreign = attempt(stage.a, "rm -rf /tmp/pki; migrate pki init --dir /tmp/pki; migrate pki issue host1 --dir /tmp/pki; cp /tmp/pki/hosts/host1/cert.pem /tmp/pki/hosts/host1/key.pem /etc/longhaul/tls/")?;
+    let foreign = attempt(
+        stage.a,
+        "rm -rf /tmp/pki; migrate pki init --dir /tmp/pki; migrate pki issue host1 --dir /tmp/pki; cp /tmp/pki/hosts/host1/cert.pem /tmp/pki/hosts/host1/key.pem /etc/longhaul/tls/",
+    )?;
     ensure!(foreign.contains("refused our certificate") && foreign.contains("another authority"), "{foreign}");
-    let expired = attempt(stage.a, "migrate pki issue host1 --days=-2; cp /etc/longhaul/pki/hosts/host1/*.pem /etc/longhaul/tls/")?;
+    let expired = attempt(
+        stage.a,
+        "migrate pki issue host1 --days=-2; cp /etc/longhaul/pki/hosts/host1/*.pem /etc/longhaul/tls/",
+    )?;
     ensure!(expired.contains("expired"), "{expired}");
-    let unlisted = attempt(stage.a, "migrate pki issue stranger; cp /etc/longhaul/pki/hosts/stranger/*.pem /etc/longhaul/tls/")?;
+    let unlisted =
+        attempt(stage.a, "migrate pki issue stranger; cp /etc/longhaul/pki/hosts/stranger/*.pem /etc/longhaul/tls/")?;
     ensure!(unlisted.contains("stranger") && unlisted.contains("allow-list"), "{unlisted}");
     restart(stage.a)?;
     // No certificate at all: a bare TLS client.

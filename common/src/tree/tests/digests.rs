@@ -18,10 +18,7 @@ fn layer() -> TempDir {
 #[test]
 fn equal_trees_have_equal_digests_whenever_they_were_made() {
     let (one, other) = (layer(), layer());
-    File::open(other.path().join("d/f"))
-        .unwrap()
-        .set_modified(UNIX_EPOCH)
-        .unwrap();
+    File::open(other.path().join("d/f")).unwrap().set_modified(UNIX_EPOCH).unwrap();
     xattr::set(other.path().join("d"), "trusted.overlay.origin", b"handle").unwrap();
     assert_eq!(digest(one.path()).unwrap(), digest(other.path()).unwrap());
     assert_eq!(digest(one.path()).unwrap().to_string().len(), 64);
@@ -59,8 +56,5 @@ fn a_copied_tree_has_the_digest_of_its_source() {
     fs::write(pair.path("x/y/z"), "z").unwrap();
     fs::hard_link(pair.path("x/y/z"), pair.path("w")).unwrap();
     pair.last_pass();
-    assert_eq!(
-        digest(pair.source.path()).unwrap(),
-        digest(pair.copy.path()).unwrap()
-    );
+    assert_eq!(digest(pair.source.path()).unwrap(), digest(pair.copy.path()).unwrap());
 }

@@ -6,8 +6,7 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use bytes::Bytes;
 
 use super::super::{
-    Content, ContentSum, Entry, EntryKind, MAX_DATA, MAX_XATTR_VALUE, MAX_XATTRS, Timestamp,
-    TreeError, TreeItem,
+    Content, ContentSum, Entry, EntryKind, MAX_DATA, MAX_XATTR_VALUE, MAX_XATTRS, Timestamp, TreeError, TreeItem,
 };
 use super::*;
 
@@ -42,10 +41,7 @@ impl Target {
         let before = snapshot(&self.dir.path().join("outside"), TreeKind::Plain);
         let shown = format!("{item:?}");
         let error = self.apply(item).expect_err(&shown[..shown.len().min(200)]);
-        assert_same(
-            &before,
-            &snapshot(&self.dir.path().join("outside"), TreeKind::Plain),
-        );
+        assert_same(&before, &snapshot(&self.dir.path().join("outside"), TreeKind::Plain));
         error
     }
 }
@@ -68,17 +64,11 @@ fn item(path: impl AsRef<[u8]>, kind: EntryKind) -> TreeItem {
 }
 
 fn file(size: u64) -> EntryKind {
-    EntryKind::File {
-        size,
-        content: Content::Whole,
-    }
+    EntryKind::File { size, content: Content::Whole }
 }
 
 fn data(offset: u64, len: usize) -> TreeItem {
-    TreeItem::Data {
-        offset,
-        bytes: Bytes::from(vec![1; len]),
-    }
+    TreeItem::Data { offset, bytes: Bytes::from(vec![1; len]) }
 }
 
 #[test]
@@ -106,30 +96,15 @@ fn paths_that_are_not_plain_and_relative_are_refused() {
         let mut target = Target::new(TreeKind::Plain);
         for item in [
             item(path, file(0)),
-            item(
-                path,
-                EntryKind::Symlink {
-                    target: b"x".to_vec(),
-                },
-            ),
-            item(
-                "ok",
-                EntryKind::Hardlink {
-                    target: path.to_vec(),
-                },
-            ),
-            TreeItem::Removed {
-                path: path.to_vec(),
-            },
+            item(path, EntryKind::Symlink { target: b"x".to_vec() }),
+            item("ok", EntryKind::Hardlink { target: path.to_vec() }),
+            TreeItem::Removed { path: path.to_vec() },
         ] {
             let error = target.refused(item);
             assert!(matches!(error, TreeError::BadPath { .. }), "{error:?}");
         }
         if !path.is_empty() {
-            assert!(matches!(
-                target.refused(item(path, EntryKind::Dir)),
-                TreeError::BadPath { .. }
-            ));
+            assert!(matches!(target.refused(item(path, EntryKind::Dir)), TreeError::BadPath { .. }));
         }
     }
 }
@@ -148,35 +123,13 @@ fn metadata_that_no_inode_has_is_refused() {
             entry.atime.nanos = (1 << 30) - 2;
         }),
         ("a size beyond 8 EiB", |entry| entry.kind = file(1 << 63)),
-        ("an empty symlink", |entry| {
-            entry.kind = EntryKind::Symlink { target: Vec::new() }
-        }),
-        ("a symlink with a NUL", |entry| {
-            entry.kind = EntryKind::Symlink {
-                target: b"a\0".to_vec(),
-            }
-        }),
-        ("a long symlink", |entry| {
-            entry.kind = EntryKind::Symlink {
-                target: vec![b'x'; 4096],
-            }
-        }),
-        ("a major number of 13 bits", |entry| {
-            entry.kind = EntryKind::CharDevice {
-                major: 1 << 12,
-                minor: 0,
-            }
-        }),
-        ("a minor number of 21 bits", |entry| {
-            entry.kind = EntryKind::BlockDevice {
-                major: 0,
-                minor: 1 << 20,
-            }
-        }),
+        ("an empty symlink", |entry| entry.kind = EntryKind::Symlink { target: Vec::new() }),
+        ("a symlink with a NUL", |entry| entry.kind = EntryKind::Symlink { target: b"a\0".to_vec() }),
+        ("a long symlink", |entry| entry.kind = EntryKind::Symlink { target: vec![b'x'; 4096] }),
+        ("a major number of 13 bits", |entry| entry.kind = EntryKind::CharDevice { major: 1 << 12, minor: 0 }),
+        ("a minor number of 21 bits", |entry| entry.kind = EntryKind::BlockDevice { major: 0, minor: 1 << 20 }),
         ("too many attributes", |entry| {
-            entry.xattrs = (0..=MAX_XATTRS)
-                .map(|index| (format!("user.{index}").into_bytes(), Vec::new()))
-                .collect();
+            entry.xattrs = (0..=MAX_XATTRS).map(|index| (format!("user.{index}").into_bytes(), Vec::new())).collect();
         }),
         ("a file system's limit", |entry| {
             entry.kind = file(i64::MAX as u64);
@@ -187,15 +140,8 @@ fn metadata_that_no_inode_has_is_refused() {
         spoil(&mut spoiled);
         let error = Target::new(TreeKind::Plain).refused(TreeItem::Entry(spoiled));
         let by_system = what == "a file system's limit";
-        assert_eq!(
-            matches!(error, TreeError::Io { .. }),
-            by_system,
-            "{what}: {error:?}"
-        );
-        assert!(
-            by_system || matches!(error, TreeError::BadEntry { .. }),
-            "{what}: {error:?}"
-        );
+        assert_eq!(matches!(error, TreeError::Io { .. }), by_system, "{what}: {error:?}");
+        assert!(by_system || matches!(error, TreeError::BadEntry { .. }), "{what}: {error:?}");
     }
 }
 
@@ -219,68 +165,34 @@ fn attributes_beyond_the_rules_are_refused() {
     ];
     for (kind, name, value) in bad {
         let mut spoiled = entry("x", EntryKind::Dir);
-        spoiled
-            .xattrs
-            .push((name.as_bytes().to_vec(), value.to_vec()));
+        spoiled.xattrs.push((name.as_bytes().to_vec(), value.to_vec()));
         let error = Target::new(kind).refused(TreeItem::Entry(spoiled));
-        assert!(
-            matches!(error, TreeError::BadXattr { .. }),
-            "{name}: {error:?}"
-        );
+        assert!(matches!(error, TreeError::BadXattr { .. }), "{name}: {error:?}");
     }
 }
 
 #[test]
 fn content_out_of_order_or_place_is_refused() {
     let mut target = Target::new(TreeKind::Plain);
-    assert!(matches!(
-        target.refused(data(0, 1)),
-        TreeError::NoOpenFile { .. }
-    ));
-    assert!(matches!(
-        target.refused(TreeItem::FileEnd { checksum: 0 }),
-        TreeError::NoOpenFile { .. }
-    ));
+    assert!(matches!(target.refused(data(0, 1)), TreeError::NoOpenFile { .. }));
+    assert!(matches!(target.refused(TreeItem::FileEnd { checksum: 0 }), TreeError::NoOpenFile { .. }));
     let places = [(10, 1), (0, 11), (u64::MAX, 1), (0, 0), (9, 2)];
     for (offset, len) in places {
         target.accept(item("f", file(10)));
-        assert!(matches!(
-            target.refused(data(offset, len)),
-            TreeError::BadData { .. }
-        ));
+        assert!(matches!(target.refused(data(offset, len)), TreeError::BadData { .. }));
     }
     target.accept(item("f", file(1 << 30)));
-    assert!(matches!(
-        target.refused(data(0, MAX_DATA + 1)),
-        TreeError::BadData { .. }
-    ));
-    for interruption in [
-        item("g", file(0)),
-        item("g", EntryKind::Dir),
-        TreeItem::Removed {
-            path: b"f".to_vec(),
-        },
-    ] {
+    assert!(matches!(target.refused(data(0, MAX_DATA + 1)), TreeError::BadData { .. }));
+    for interruption in [item("g", file(0)), item("g", EntryKind::Dir), TreeItem::Removed { path: b"f".to_vec() }] {
         target.accept(item("f", file(10)));
-        assert!(matches!(
-            target.refused(interruption),
-            TreeError::FileStillOpen { .. }
-        ));
+        assert!(matches!(target.refused(interruption), TreeError::FileStillOpen { .. }));
     }
     target.accept(item("f", file(10)));
-    assert!(matches!(
-        target.writer.finish(),
-        Err(TreeError::FileStillOpen { .. })
-    ));
+    assert!(matches!(target.writer.finish(), Err(TreeError::FileStillOpen { .. })));
     target.accept(item("f", file(10)));
     target.accept(data(0, 10));
     let honest = ContentSum::new(10);
-    assert!(matches!(
-        target.refused(TreeItem::FileEnd {
-            checksum: honest.finish()
-        }),
-        TreeError::Checksum { .. }
-    ));
+    assert!(matches!(target.refused(TreeItem::FileEnd { checksum: honest.finish() }), TreeError::Checksum { .. }));
 }
 
 #[test]
@@ -289,42 +201,15 @@ fn links_and_patches_need_what_was_sent() {
     target.accept(item("dir", EntryKind::Dir));
     target.accept(item("null", EntryKind::CharDevice { major: 1, minor: 3 }));
     target.accept(item("pipe", EntryKind::Fifo));
-    target.accept(item(
-        "out",
-        EntryKind::Symlink {
-            target: b"../outside".to_vec(),
-        },
-    ));
-    target.accept(item(
-        "out-file",
-        EntryKind::Symlink {
-            target: b"../outside/file".to_vec(),
-        },
-    ));
+    target.accept(item("out", EntryKind::Symlink { target: b"../outside".to_vec() }));
+    target.accept(item("out-file", EntryKind::Symlink { target: b"../outside/file".to_vec() }));
     for name in ["absent", "absent/deep", "dir", "out/file"] {
-        let error = target.refused(item(
-            "link",
-            EntryKind::Hardlink {
-                target: name.into(),
-            },
-        ));
-        assert!(
-            matches!(error, TreeError::LinkTarget { .. }),
-            "{name}: {error:?}"
-        );
+        let error = target.refused(item("link", EntryKind::Hardlink { target: name.into() }));
+        assert!(matches!(error, TreeError::LinkTarget { .. }), "{name}: {error:?}");
     }
     for name in ["absent", "dir", "null", "pipe", "out-file"] {
-        let error = target.refused(item(
-            name,
-            EntryKind::File {
-                size: 0,
-                content: Content::Patch,
-            },
-        ));
-        assert!(
-            matches!(error, TreeError::PatchTarget { .. }),
-            "{name}: {error:?}"
-        );
+        let error = target.refused(item(name, EntryKind::File { size: 0, content: Content::Patch }));
+        assert!(matches!(error, TreeError::PatchTarget { .. }), "{name}: {error:?}");
     }
 }
 
@@ -332,47 +217,27 @@ fn links_and_patches_need_what_was_sent() {
 fn symlinks_are_never_followed() {
     let mut target = Target::new(TreeKind::Plain);
     let outside = target.dir.path().join("outside");
-    let out = EntryKind::Symlink {
-        target: outside.as_os_str().as_bytes().to_vec(),
-    };
+    let out = EntryKind::Symlink { target: outside.as_os_str().as_bytes().to_vec() };
     target.accept(item("out", out));
     for bad in [
         item("out/file", file(0)),
         item("out/new", EntryKind::Dir),
-        item(
-            "out/new",
-            EntryKind::Symlink {
-                target: b"x".to_vec(),
-            },
-        ),
+        item("out/new", EntryKind::Symlink { target: b"x".to_vec() }),
         item("out/new", EntryKind::CharDevice { major: 0, minor: 0 }),
-        TreeItem::Removed {
-            path: b"out/file".to_vec(),
-        },
+        TreeItem::Removed { path: b"out/file".to_vec() },
     ] {
         assert!(matches!(target.refused(bad), TreeError::Io { .. }));
     }
     // What lies at the last component is replaced, not followed, whoever put it there.
     symlink(outside.join("file"), target.dir.path().join("root/trap")).unwrap();
     target.accept(item("trap", file(0)));
-    target.accept(TreeItem::FileEnd {
-        checksum: ContentSum::new(0).finish(),
-    });
+    target.accept(TreeItem::FileEnd { checksum: ContentSum::new(0).finish() });
     symlink(&outside, target.dir.path().join("root/trap2")).unwrap();
     target.accept(item("trap2", EntryKind::Dir));
-    target.accept(TreeItem::Removed {
-        path: b"out".to_vec(),
-    });
+    target.accept(TreeItem::Removed { path: b"out".to_vec() });
     target.writer.finish().unwrap();
-    assert_eq!(
-        fs::read_to_string(outside.join("file")).unwrap(),
-        "untouched"
-    );
-    assert!(
-        fs::symlink_metadata(target.dir.path().join("root/trap2"))
-            .unwrap()
-            .is_dir()
-    );
+    assert_eq!(fs::read_to_string(outside.join("file")).unwrap(), "untouched");
+    assert!(fs::symlink_metadata(target.dir.path().join("root/trap2")).unwrap().is_dir());
 }
 
 #[test]
@@ -382,21 +247,10 @@ fn a_directory_swapped_for_a_symlink_does_not_redirect_what_follows() {
     target.accept(item("d", EntryKind::Dir));
     target.accept(item("d/sub", EntryKind::Dir));
     target.accept(item("d/sub/x", EntryKind::Fifo));
-    target.accept(item(
-        "d",
-        EntryKind::Symlink {
-            target: outside.as_os_str().as_bytes().to_vec(),
-        },
-    ));
+    target.accept(item("d", EntryKind::Symlink { target: outside.as_os_str().as_bytes().to_vec() }));
     let times = fs::metadata(&outside).unwrap().mtime_nsec();
-    assert!(matches!(
-        target.refused(item("d/sub/x", EntryKind::Fifo)),
-        TreeError::Io { .. }
-    ));
-    assert!(matches!(
-        target.refused(item("d/file", EntryKind::Fifo)),
-        TreeError::Io { .. }
-    ));
+    assert!(matches!(target.refused(item("d/sub/x", EntryKind::Fifo)), TreeError::Io { .. }));
+    assert!(matches!(target.refused(item("d/file", EntryKind::Fifo)), TreeError::Io { .. }));
     target.writer.finish().unwrap();
     assert_eq!(fs::metadata(&outside).unwrap().mtime_nsec(), times);
 }
@@ -404,8 +258,5 @@ fn a_directory_swapped_for_a_symlink_does_not_redirect_what_follows() {
 #[test]
 fn errors_name_the_path_escaped() {
     let error = Target::new(TreeKind::Plain).refused(item(b"a\n\x1b[2J/../\xff", EntryKind::Fifo));
-    assert_eq!(
-        error.to_string(),
-        "path a\\n\\x1b[2J/../\\xff is refused: it has a '.' or '..' component"
-    );
+    assert_eq!(error.to_string(), "path a\\n\\x1b[2J/../\\xff is refused: it has a '.' or '..' component");
 }

@@ -14,21 +14,14 @@ type Make = fn(&Path);
 
 /// An access ACL, version 2: owner rwx, user 1000 rw-, group r-x, mask rwx, others r--.
 const ACL: [u8; 44] = [
-    2, 0, 0, 0, 1, 0, 7, 0, 255, 255, 255, 255, 2, 0, 6, 0, 232, 3, 0, 0, 4, 0, 5, 0, 255, 255,
-    255, 255, 16, 0, 7, 0, 255, 255, 255, 255, 32, 0, 4, 0, 255, 255, 255, 255,
+    2, 0, 0, 0, 1, 0, 7, 0, 255, 255, 255, 255, 2, 0, 6, 0, 232, 3, 0, 0, 4, 0, 5, 0, 255, 255, 255, 255, 16, 0, 7, 0,
+    255, 255, 255, 255, 32, 0, 4, 0, 255, 255, 255, 255,
 ];
 /// File capabilities, version 2, effective: cap_net_bind_service.
 const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
 fn node(path: &Path, kind: FileType, major: u32, minor: u32) {
-    mknodat(
-        CWD,
-        path,
-        kind,
-        Mode::from_raw_mode(0o640),
-        rustix::fs::makedev(major, minor),
-    )
-    .unwrap();
+    mknodat(CWD, path, kind, Mode::from_raw_mode(0o640), rustix::fs::makedev(major, minor)).unwrap();
 }
 
 const KINDS: &[(&str, Make)] = &[
@@ -51,15 +44,12 @@ const KINDS: &[(&str, Make)] = &[
         fs::write(path, "acl").unwrap();
         xattr::set(path, "system.posix_acl_access", &ACL).unwrap();
     }),
-    (
-        "user and trusted attributes, one empty, one binary",
-        |path| {
-            fs::write(path, "x").unwrap();
-            xattr::set(path, "user.empty", b"").unwrap();
-            xattr::set(path, "user.binary", &[0, 255, 1]).unwrap();
-            xattr::set(path, "trusted.long", &[3; 2000]).unwrap();
-        },
-    ),
+    ("user and trusted attributes, one empty, one binary", |path| {
+        fs::write(path, "x").unwrap();
+        xattr::set(path, "user.empty", b"").unwrap();
+        xattr::set(path, "user.binary", &[0, 255, 1]).unwrap();
+        xattr::set(path, "trusted.long", &[3; 2000]).unwrap();
+    }),
     ("a sparse file", |path| {
         let file = File::create(path).unwrap();
         file.write_all_at(b"middle", 10 << 20).unwrap();
@@ -93,27 +83,20 @@ const KINDS: &[(&str, Make)] = &[
     }),
     ("an old file", |path| {
         let file = File::create(path).unwrap();
-        file.set_modified(UNIX_EPOCH - Duration::new(1000, 5))
-            .unwrap();
+        file.set_modified(UNIX_EPOCH - Duration::new(1000, 5)).unwrap();
     }),
     ("a directory with a sticky bit, times and content", |path| {
         fs::create_dir(path).unwrap();
         fs::write(path.join("below"), "x").unwrap();
         fs::set_permissions(path, fs::Permissions::from_mode(0o1777)).unwrap();
-        File::open(path)
-            .unwrap()
-            .set_modified(UNIX_EPOCH + Duration::new(1_000_000_000, 123_456_789))
-            .unwrap();
+        File::open(path).unwrap().set_modified(UNIX_EPOCH + Duration::new(1_000_000_000, 123_456_789)).unwrap();
     }),
-    (
-        "a directory with a default ACL above a file without one",
-        |path| {
-            fs::create_dir(path).unwrap();
-            fs::write(path.join("below"), "x").unwrap();
-            fs::create_dir(path.join("dir")).unwrap();
-            xattr::set(path, "system.posix_acl_default", &ACL).unwrap();
-        },
-    ),
+    ("a directory with a default ACL above a file without one", |path| {
+        fs::create_dir(path).unwrap();
+        fs::write(path.join("below"), "x").unwrap();
+        fs::create_dir(path.join("dir")).unwrap();
+        xattr::set(path, "system.posix_acl_default", &ACL).unwrap();
+    }),
     ("hard links in two directories", |path| {
         fs::create_dir_all(path.join("a")).unwrap();
         fs::create_dir_all(path.join("b")).unwrap();
@@ -177,10 +160,7 @@ fn the_root_itself_is_carried() {
     chown(pair.path(""), Some(9), Some(10)).unwrap();
     pair.last_pass();
     pair.assert_equal();
-    assert_eq!(
-        fs::metadata(pair.copied("")).unwrap().mode() & 0o7777,
-        0o2710
-    );
+    assert_eq!(fs::metadata(pair.copied("")).unwrap().mode() & 0o7777, 0o2710);
 }
 
 #[test]
@@ -188,23 +168,15 @@ fn what_overlayfs_notes_of_its_host_stays_behind() {
     let mut pair = Pair::new(TreeKind::Upper);
     let dir = pair.path("dir");
     fs::create_dir(&dir).unwrap();
-    for name in [
-        "origin", "impure", "nlink", "upper", "uuid", "opaque", "redirect", "metacopy", "whiteout",
-        "protattr",
-    ] {
+    for name in ["origin", "impure", "nlink", "upper", "uuid", "opaque", "redirect", "metacopy", "whiteout", "protattr"]
+    {
         xattr::set(&dir, format!("trusted.overlay.{name}"), b"y").unwrap();
     }
     let stats = pair.last_pass();
     assert_eq!(stats.xattrs_left_out, 0, "nothing is lost");
-    let names: Vec<_> = xattr::list(pair.copied("dir"))
-        .unwrap()
-        .map(|name| name.into_string().unwrap())
-        .collect();
+    let names: Vec<_> = xattr::list(pair.copied("dir")).unwrap().map(|name| name.into_string().unwrap()).collect();
     for name in ["opaque", "redirect", "metacopy", "whiteout", "protattr"] {
-        assert!(
-            names.contains(&format!("trusted.overlay.{name}")),
-            "{names:?}"
-        );
+        assert!(names.contains(&format!("trusted.overlay.{name}")), "{names:?}");
     }
     assert_eq!(names.len(), 5, "{names:?}");
 }
@@ -220,8 +192,7 @@ fn overlay_attributes_in_a_plain_tree_are_counted_as_left_out() {
 #[test]
 fn excluded_paths_are_neither_sent_nor_removed() {
     let mut pair = Pair::new(TreeKind::Plain);
-    pair.scanner =
-        Scanner::new(pair.source.path(), TreeKind::Plain, vec!["a/skip".into()]).unwrap();
+    pair.scanner = Scanner::new(pair.source.path(), TreeKind::Plain, vec!["a/skip".into()]).unwrap();
     fs::create_dir_all(pair.path("a/skip/deep")).unwrap();
     fs::write(pair.path("a/keep"), "x").unwrap();
     pair.pass();

@@ -36,13 +36,7 @@ impl Pair {
         let copy = tempfile::tempdir().unwrap();
         let scanner = Scanner::new(source.path(), kind, Vec::new()).unwrap();
         let writer = Writer::open(copy.path(), kind).unwrap();
-        Self {
-            source,
-            copy,
-            kind,
-            scanner,
-            writer,
-        }
+        Self { source, copy, kind, scanner, writer }
     }
 
     fn path(&self, name: impl AsRef<OsStr>) -> PathBuf {
@@ -81,10 +75,7 @@ impl Pair {
 
     #[track_caller]
     fn assert_equal(&self) {
-        assert_same(
-            &snapshot(self.source.path(), self.kind),
-            &snapshot(self.copy.path(), self.kind),
-        );
+        assert_same(&snapshot(self.source.path(), self.kind), &snapshot(self.copy.path(), self.kind));
     }
 }
 
@@ -111,58 +102,29 @@ fn snapshot(root: &Path, kind: TreeKind) -> BTreeMap<PathBuf, Seen> {
     while let Some(name) = names.pop() {
         let path = root.join(&name);
         let status = fs::symlink_metadata(&path).unwrap();
-        let is_whiteout = kind == TreeKind::Upper
-            && status.mode() & libc::S_IFMT == libc::S_IFCHR
-            && status.rdev() == 0;
+        let is_whiteout =
+            kind == TreeKind::Upper && status.mode() & libc::S_IFMT == libc::S_IFCHR && status.rdev() == 0;
         if status.is_dir() {
-            names.extend(
-                fs::read_dir(&path)
-                    .unwrap()
-                    .map(|below| name.join(below.unwrap().file_name())),
-            );
+            names.extend(fs::read_dir(&path).unwrap().map(|below| name.join(below.unwrap().file_name())));
         }
         let same_as = first_names.entry(status.ino()).or_insert_with(Vec::new);
         same_as.push(name.clone());
-        let xattrs = xattr::list(&path)
-            .unwrap()
-            .filter(|attribute| is_carried(kind, attribute.as_bytes()));
+        let xattrs = xattr::list(&path).unwrap().filter(|attribute| is_carried(kind, attribute.as_bytes()));
         let xattrs = xattrs.map(|attribute| {
             let value = xattr::get(&path, &attribute).unwrap().unwrap();
             (attribute.into_encoded_bytes(), value)
         });
         let seen = Seen {
-            mode: if is_whiteout {
-                libc::S_IFCHR
-            } else {
-                status.mode()
-            },
-            owner: if is_whiteout {
-                (0, 0)
-            } else {
-                (status.uid(), status.gid())
-            },
+            mode: if is_whiteout { libc::S_IFCHR } else { status.mode() },
+            owner: if is_whiteout { (0, 0) } else { (status.uid(), status.gid()) },
             device: status.rdev(),
             // Whiteouts share an inode, or do not: through the overlay nobody sees more than that they are there.
-            mtime: if is_whiteout {
-                (0, 0)
-            } else {
-                (status.mtime(), status.mtime_nsec())
-            },
+            mtime: if is_whiteout { (0, 0) } else { (status.mtime(), status.mtime_nsec()) },
             target: status.is_symlink().then(|| fs::read_link(&path).unwrap()),
-            content: status
-                .is_file()
-                .then(|| blake3::hash(&fs::read(&path).unwrap())),
+            content: status.is_file().then(|| blake3::hash(&fs::read(&path).unwrap())),
             size: if status.is_dir() { 0 } else { status.len() },
-            xattrs: if is_whiteout {
-                BTreeMap::new()
-            } else {
-                xattrs.collect()
-            },
-            same_as: if is_whiteout {
-                name.clone()
-            } else {
-                PathBuf::new()
-            },
+            xattrs: if is_whiteout { BTreeMap::new() } else { xattrs.collect() },
+            same_as: if is_whiteout { name.clone() } else { PathBuf::new() },
         };
         found.insert(name, seen);
     }
@@ -181,11 +143,7 @@ fn snapshot(root: &Path, kind: TreeKind) -> BTreeMap<PathBuf, Seen> {
 #[track_caller]
 fn assert_same(source: &BTreeMap<PathBuf, Seen>, copy: &BTreeMap<PathBuf, Seen>) {
     for (name, seen) in source {
-        assert_eq!(
-            copy.get(name),
-            Some(seen),
-            "{name:?}: copy (left) and source (right) differ"
-        );
+        assert_eq!(copy.get(name), Some(seen), "{name:?}: copy (left) and source (right) differ");
     }
     for name in copy.keys() {
         assert!(source.contains_key(name), "{name:?} is in the copy only");
@@ -198,20 +156,13 @@ fn settle(dir: &Path) {
     let since = probe.as_file().metadata().unwrap();
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
-        probe
-            .as_file()
-            .set_modified(std::time::SystemTime::now())
-            .unwrap();
+        probe.as_file().set_modified(std::time::SystemTime::now()).unwrap();
         let now = probe.as_file().metadata().unwrap();
-        let passed =
-            (now.ctime() - since.ctime()) * 1_000_000_000 + now.ctime_nsec() - since.ctime_nsec();
+        let passed = (now.ctime() - since.ctime()) * 1_000_000_000 + now.ctime_nsec() - since.ctime_nsec();
         if passed > 40_000_000 {
             return;
         }
-        assert!(
-            Instant::now() < deadline,
-            "the filesystem's clock stands still"
-        );
+        assert!(Instant::now() < deadline, "the filesystem's clock stands still");
         std::thread::yield_now();
     }
 }

@@ -17,26 +17,14 @@ fn mount_overlay(lower: &Path, upper: &Path, at: &Path) -> nix::Result<TempDir> 
         upper.display(),
         work.path().display()
     );
-    mount(
-        Some("overlay"),
-        at,
-        Some("overlay"),
-        MsFlags::empty(),
-        Some(options.as_str()),
-    )?;
+    mount(Some("overlay"), at, Some("overlay"), MsFlags::empty(), Some(options.as_str()))?;
     Ok(work)
 }
 
 fn lower_layer(lower: &Path) {
     fs::create_dir_all(lower.join("etc/conf.d")).unwrap();
     fs::create_dir_all(lower.join("usr/share/doc")).unwrap();
-    for name in [
-        "etc/passwd",
-        "etc/conf.d/one",
-        "etc/conf.d/two",
-        "usr/share/doc/readme",
-        "usr/tool",
-    ] {
+    for name in ["etc/passwd", "etc/conf.d/one", "etc/conf.d/two", "usr/share/doc/readme", "usr/tool"] {
         fs::write(lower.join(name), format!("lower {name}")).unwrap();
     }
 }
@@ -68,28 +56,15 @@ fn a_copied_upper_layer_shows_the_same_merged_tree() {
             println!("not tested: this user may not make a mount namespace: {error}");
             return;
         }
-        mount(
-            None::<&str>,
-            "/",
-            None::<&str>,
-            MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-            None::<&str>,
-        )
-        .unwrap();
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
         let mut pair = Pair::new(TreeKind::Upper);
-        let (lower, merged, merged_copy) = (
-            tempfile::tempdir().unwrap(),
-            tempfile::tempdir().unwrap(),
-            tempfile::tempdir().unwrap(),
-        );
+        let (lower, merged, merged_copy) =
+            (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         lower_layer(lower.path());
         let _work = match mount_overlay(lower.path(), pair.source.path(), merged.path()) {
             Ok(work) => work,
             Err(error) => {
-                println!(
-                    "not tested: no overlay can be mounted in {}: {error}",
-                    merged.path().display()
-                );
+                println!("not tested: no overlay can be mounted in {}: {error}", merged.path().display());
                 return;
             }
         };
@@ -102,8 +77,7 @@ fn a_copied_upper_layer_shows_the_same_merged_tree() {
         assert!(redirect.is_some(), "the layer has a renamed directory");
         let opaque = xattr::get(pair.copied("etc/conf.d"), "trusted.overlay.opaque").unwrap();
         assert_eq!(opaque.as_deref(), Some(&b"y"[..]));
-        let _work_of_copy =
-            mount_overlay(lower.path(), pair.copy.path(), merged_copy.path()).unwrap();
+        let _work_of_copy = mount_overlay(lower.path(), pair.copy.path(), merged_copy.path()).unwrap();
         let source = snapshot(merged.path(), TreeKind::Plain);
         assert_same(&source, &snapshot(merged_copy.path(), TreeKind::Plain));
         assert!(source.contains_key(Path::new("usr/moved/doc/readme")));
@@ -122,14 +96,7 @@ fn a_mount_in_the_tree_is_recorded_empty() {
             println!("not tested: this user may not make a mount namespace: {error}");
             return;
         }
-        mount(
-            None::<&str>,
-            "/",
-            None::<&str>,
-            MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-            None::<&str>,
-        )
-        .unwrap();
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
         let elsewhere = tempfile::tempdir().unwrap();
         fs::write(elsewhere.path().join("secret"), "of the host").unwrap();
         let mut pair = Pair::new(TreeKind::Plain);

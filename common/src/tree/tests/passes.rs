@@ -11,9 +11,7 @@ const MIB: usize = 1 << 20;
 
 /// Bytes of which no two blocks are equal.
 fn noise(len: usize) -> Vec<u8> {
-    (0..len)
-        .map(|index| (index.wrapping_mul(2_654_435_761) >> 13) as u8)
-        .collect()
+    (0..len).map(|index| (index.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
 }
 
 #[test]
@@ -25,10 +23,7 @@ fn an_unchanged_tree_sends_nothing() {
     settle(pair.source.path());
     pair.pass();
     let stats = pair.pass();
-    assert_eq!(
-        (stats.entries_sent, stats.bytes_sent, stats.removed),
-        (0, 0, 0)
-    );
+    assert_eq!((stats.entries_sent, stats.bytes_sent, stats.removed), (0, 0, 0));
     assert_eq!(stats.entries_scanned, 4);
 }
 
@@ -52,12 +47,7 @@ fn a_change_that_restores_size_and_mtime_is_found() {
     settle(pair.source.path());
     pair.pass();
     fs::write(pair.path("f"), "two").unwrap();
-    File::options()
-        .write(true)
-        .open(pair.path("f"))
-        .unwrap()
-        .set_modified(mtime)
-        .unwrap();
+    File::options().write(true).open(pair.path("f")).unwrap().set_modified(mtime).unwrap();
     pair.pass();
     pair.assert_equal();
 }
@@ -70,18 +60,10 @@ fn an_appended_log_sends_its_tail() {
     settle(pair.source.path());
     pair.pass();
     let inode = fs::metadata(pair.copied("log")).unwrap().ino();
-    OpenOptions::new()
-        .append(true)
-        .open(pair.path("log"))
-        .and_then(|log| log.write_all_at(b"tail", 0))
-        .unwrap();
+    OpenOptions::new().append(true).open(pair.path("log")).and_then(|log| log.write_all_at(b"tail", 0)).unwrap();
     let stats = pair.last_pass();
     assert!(stats.bytes_sent <= 64 * 1024 + 4, "{stats:?}");
-    assert_eq!(
-        fs::metadata(pair.copied("log.link")).unwrap().ino(),
-        inode,
-        "patched in place"
-    );
+    assert_eq!(fs::metadata(pair.copied("log.link")).unwrap().ino(), inode, "patched in place");
     pair.assert_equal();
 }
 
@@ -90,10 +72,7 @@ fn a_patched_file_takes_holes_and_a_new_size() {
     let mut pair = Pair::new(TreeKind::Plain);
     fs::write(pair.path("db"), noise(8 * MIB)).unwrap();
     pair.pass();
-    let db = OpenOptions::new()
-        .write(true)
-        .open(pair.path("db"))
-        .unwrap();
+    let db = OpenOptions::new().write(true).open(pair.path("db")).unwrap();
     let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
     rustix::fs::fallocate(&db, punch, MIB as u64, 2 * MIB as u64 + 4096).unwrap();
     db.write_all_at(b"page", 5 * MIB as u64 + 17).unwrap();
@@ -101,16 +80,8 @@ fn a_patched_file_takes_holes_and_a_new_size() {
     let stats = pair.pass();
     assert!(stats.bytes_sent < 3 * MIB as u64, "{stats:?}");
     pair.assert_equal();
-    let (source, copy) = (
-        fs::metadata(pair.path("db")).unwrap(),
-        fs::metadata(pair.copied("db")).unwrap(),
-    );
-    assert!(
-        copy.blocks() <= source.blocks() + 256,
-        "{} sectors, not {}",
-        copy.blocks(),
-        source.blocks()
-    );
+    let (source, copy) = (fs::metadata(pair.path("db")).unwrap(), fs::metadata(pair.copied("db")).unwrap());
+    assert!(copy.blocks() <= source.blocks() + 256, "{} sectors, not {}", copy.blocks(), source.blocks());
     db.set_len(9 * MIB as u64).unwrap();
     db.set_len(6 * MIB as u64).unwrap();
     db.set_len(8 * MIB as u64).unwrap();
@@ -125,11 +96,7 @@ fn a_patched_file_takes_holes_and_a_new_size() {
 fn a_store_through_a_mapping_after_the_pass_is_found() {
     let mut pair = Pair::new(TreeKind::Plain);
     fs::write(pair.path("mapped"), vec![1; 8192]).unwrap();
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(pair.path("mapped"))
-        .unwrap();
+    let file = OpenOptions::new().read(true).write(true).open(pair.path("mapped")).unwrap();
     let mut mapping = SharedMapping::new(&file, 8192);
     mapping.store(100, 2);
     settle(pair.source.path());
@@ -151,11 +118,7 @@ fn a_suspect_is_read_again_through_any_of_its_names() {
     pair.scanner.recheck(Path::new("b"));
     pair.scanner.recheck(Path::new("absent/too"));
     let stats = pair.pass();
-    assert_eq!(
-        (stats.entries_sent, stats.bytes_sent),
-        (2, 1),
-        "the inode, and its second name"
-    );
+    assert_eq!((stats.entries_sent, stats.bytes_sent), (2, 1), "the inode, and its second name");
     assert_eq!(pair.pass().entries_sent, 0);
 }
 
@@ -218,19 +181,11 @@ fn a_file_that_shrinks_while_it_is_read_closes_and_comes_again() {
     let mut cut = false;
     pair.pass_while(|root, item| {
         if matches!(item, TreeItem::Data { .. }) && !std::mem::replace(&mut cut, true) {
-            File::options()
-                .write(true)
-                .open(root.join("f"))
-                .unwrap()
-                .set_len(300_000)
-                .unwrap();
+            File::options().write(true).open(root.join("f")).unwrap().set_len(300_000).unwrap();
         }
     });
     assert!(cut);
-    assert_eq!(
-        fs::metadata(pair.copied("f")).unwrap().len(),
-        3 * MIB as u64
-    );
+    assert_eq!(fs::metadata(pair.copied("f")).unwrap().len(), 3 * MIB as u64);
     pair.pass();
     pair.assert_equal();
 }
@@ -244,11 +199,7 @@ fn names_swapped_and_removed_under_the_pass_are_no_error() {
     }
     let mut count = 0;
     pair.pass_while(|root, item| {
-        if let TreeItem::Entry(Entry {
-            path,
-            kind: EntryKind::Dir,
-            ..
-        }) = item
+        if let TreeItem::Entry(Entry { path, kind: EntryKind::Dir, .. }) = item
             && !path.is_empty()
         {
             let dir = root.join(OsStr::from_bytes(path));
@@ -273,10 +224,7 @@ fn a_closed_sink_ends_the_pass() {
     let mut pair = Pair::new(TreeKind::Plain);
     fs::write(pair.path("f"), "x").unwrap();
     let result = pair.scanner.pass(&mut |_| Err(super::super::SinkClosed));
-    assert!(matches!(
-        result,
-        Err(super::super::TreeError::SinkClosed(_))
-    ));
+    assert!(matches!(result, Err(super::super::TreeError::SinkClosed(_))));
 }
 
 #[test]
@@ -288,14 +236,7 @@ fn a_very_deep_tree_needs_few_descriptors_and_goes_away_again() {
     let mut dir = File::open(&root).unwrap();
     for _ in 0..1900 {
         rustix::fs::mkdirat(&dir, "d", rustix::fs::Mode::RWXU).unwrap();
-        dir = rustix::fs::openat(
-            &dir,
-            "d",
-            rustix::fs::OFlags::RDONLY,
-            rustix::fs::Mode::empty(),
-        )
-        .unwrap()
-        .into();
+        dir = rustix::fs::openat(&dir, "d", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty()).unwrap().into();
     }
     assert_eq!(pair.pass().entries_scanned, 1901);
     fs::rename(root.join("d"), root.join("e")).unwrap();
@@ -320,10 +261,5 @@ fn an_unchanged_scan_reports_its_speed() {
     pair.pass();
     let stats = pair.pass();
     assert_eq!((stats.entries_scanned, stats.entries_sent), (20_101, 0));
-    println!(
-        "{:?} for {} entries: {:?} each",
-        stats.duration,
-        stats.entries_scanned,
-        stats.duration / 20_101
-    );
+    println!("{:?} for {} entries: {:?} each", stats.duration, stats.entries_scanned, stats.duration / 20_101);
 }

@@ -51,31 +51,20 @@ impl Change {
             }),
             Self::Resize(path, size) => open(path).map_or(Ok(()), |file| file.set_len(*size)),
             Self::Punch(path, offset, len) => open(path).map_or(Ok(()), |file| {
-                let flags =
-                    rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+                let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
                 Ok(rustix::fs::fallocate(file, flags, *offset, *len)?)
             }),
             Self::MakeDir(path) => fs::create_dir(at(path)),
-            Self::Remove(path) => {
-                fs::remove_file(at(path)).or_else(|_| fs::remove_dir_all(at(path)))
-            }
+            Self::Remove(path) => fs::remove_file(at(path)).or_else(|_| fs::remove_dir_all(at(path))),
             Self::Rename(from, to) => fs::rename(at(from), at(to)),
             Self::Link(from, to) => fs::hard_link(at(from), at(to)),
             Self::Symlink(path, byte) => symlink(format!("target{byte}"), at(path)),
             Self::Node(path, kind, minor) => {
-                let made = mknodat(
-                    CWD,
-                    at(path),
-                    *kind,
-                    Mode::RUSR,
-                    rustix::fs::makedev(0, *minor),
-                );
+                let made = mknodat(CWD, at(path), *kind, Mode::RUSR, rustix::fs::makedev(0, *minor));
                 made.map_err(Into::into)
             }
             Self::Mode(path, mode) => match fs::symlink_metadata(at(path)) {
-                Ok(status) if !status.is_symlink() => {
-                    fs::set_permissions(at(path), fs::Permissions::from_mode(*mode))
-                }
+                Ok(status) if !status.is_symlink() => fs::set_permissions(at(path), fs::Permissions::from_mode(*mode)),
                 _ => Ok(()),
             },
             Self::Owner(path, id) if id % 2 == 0 => lchown(at(path), Some(*id), None),
@@ -85,47 +74,27 @@ impl Change {
             },
             Self::SetXattr(path, name, byte) => xattr::set(at(path), name, &[*byte; 3]),
             Self::RemoveXattr(path, name) => xattr::remove(at(path), name),
-            Self::Times(path, secs) => open(path).map_or(Ok(()), |file: File| {
-                file.set_modified(UNIX_EPOCH + Duration::new(*secs, 7))
-            }),
+            Self::Times(path, secs) => {
+                open(path).map_or(Ok(()), |file: File| file.set_modified(UNIX_EPOCH + Duration::new(*secs, 7)))
+            }
         };
     }
 }
 
 /// Few names, so that changes meet; three levels.
 fn path() -> impl Strategy<Value = PathBuf> {
-    let name = prop_oneof![
-        Just(&b"a"[..]),
-        Just(&b"b"[..]),
-        Just(&b"c"[..]),
-        Just(&b"\xfe"[..])
-    ];
-    prop::collection::vec(name, 1..=3)
-        .prop_map(|names| names.into_iter().map(OsStr::from_bytes).collect())
+    let name = prop_oneof![Just(&b"a"[..]), Just(&b"b"[..]), Just(&b"c"[..]), Just(&b"\xfe"[..])];
+    prop::collection::vec(name, 1..=3).prop_map(|names| names.into_iter().map(OsStr::from_bytes).collect())
 }
 
 fn xattr_name() -> impl Strategy<Value = &'static str> {
-    prop_oneof![
-        Just("trusted.one"),
-        Just("user.two"),
-        Just("trusted.overlay.opaque"),
-        Just("trusted.overlay.origin")
-    ]
+    prop_oneof![Just("trusted.one"), Just("user.two"), Just("trusted.overlay.opaque"), Just("trusted.overlay.origin")]
 }
 
 fn change() -> impl Strategy<Value = Change> {
-    let size = prop_oneof![
-        Just(0),
-        Just(10),
-        1..200_000_usize,
-        1_048_570..1_500_000_usize
-    ];
+    let size = prop_oneof![Just(0), Just(10), 1..200_000_usize, 1_048_570..1_500_000_usize];
     let offset = prop_oneof![0..3000_u64, 0..1_600_000_u64];
-    let node = prop_oneof![
-        Just(FileType::CharacterDevice),
-        Just(FileType::Fifo),
-        Just(FileType::Socket)
-    ];
+    let node = prop_oneof![Just(FileType::CharacterDevice), Just(FileType::Fifo), Just(FileType::Socket)];
     prop_oneof![
         4 => (path(), any::<u8>(), size).prop_map(|(path, byte, size)| Change::Write(path, byte, size)),
         4 => (path(), any::<u8>(), offset.clone()).prop_map(|(path, byte, at)| Change::WriteAt(path, byte, at)),
@@ -148,10 +117,7 @@ fn change() -> impl Strategy<Value = Change> {
 
 /// What happens around one live pass: changes before it, and one change after each item that it sends.
 fn round() -> impl Strategy<Value = (Vec<Change>, Vec<Change>)> {
-    (
-        prop::collection::vec(change(), 0..25),
-        prop::collection::vec(change(), 0..12),
-    )
+    (prop::collection::vec(change(), 0..25), prop::collection::vec(change(), 0..12))
 }
 
 proptest! {

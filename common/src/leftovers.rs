@@ -1,0 +1,132 @@
+//! Finds and ends what a killed agent left of a restore: the runtime, the hold, CRIU, and tasks that were restored.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::cgroup::Freezer;
+use crate::criu::hold::SOCKET_ENV;
+
+/// How long killed tasks may take to go.
+const GONE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Ends every process that was started for the migration whose hold listens at `socket`, with the tasks of the cgroup
+/// they were restored into, and removes that cgroup.
+///
+/// Only for a migration that has not committed: its container must not run here.
+pub fn end_restore(socket: &Path, runtime_dir: &Path) {
+    let started = processes_of(socket);
+    if started.is_empty() {
+        return;
+    }
+    let mut doomed: BTreeSet<i32> = started.iter().copied().collect();
+    let own = cgroup_dirs(std::process::id().cast_signed());
+    let mut dirs = BTreeSet::new();
+    for &pid in &started {
+        // The runtime itself is in our cgroup; the hold and CRIU are in the container's.
+        let theirs: Vec<PathBuf> = cgroup_dirs(pid).into_iter().filter(|dir| !own.contains(dir)).collect();
+        if !theirs.is_empty()
+            && let Ok(freezer) = Freezer::of(pid)
+            && theirs.contains(&freezer.dir().to_owned())
+        {
+            doomed.extend(freezer.tasks().unwrap_or_default());
+            let _ = freezer.thaw();
+        }
+        dirs.extend(theirs);
+    }
+    for &pid in &doomed {
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+    let deadline = Instant::now() + GONE_DEADLINE;
+    while doomed.iter().any(|pid| is_alive(*pid)) && Instant::now() < deadline {
+        // They are no children of ours: nobody tells when they are gone.
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // Where runc binds the root filesystem for CRIU.
+    let _ = umount2(&runtime_dir.join("criu-root"), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+    let _ = fs::remove_dir(runtime_dir.join("criu-root"));
+    for file in ["state.json", "checkpoint"] {
+        let _ = fs::remove_file(runtime_dir.join(file));
+    }
+    let _ = fs::remove_dir(runtime_dir);
+    for dir in dirs.iter().rev() {
+        if let Err(error) = fs::remove_dir(dir) {
+            tracing::debug!(dir = %dir.display(), %error, "can't remove a cgroup");
+        }
+    }
+}
+
+fn is_alive(pid: i32) -> bool {
+    // A zombie has ended; its parent reaps it when it likes.
+    fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or_default().trim_start().starts_with('Z'))
+}
+
+/// Processes that have the hold's socket in the environment they were started with.
+fn processes_of(socket: &Path) -> Vec<i32> {
+    let mut entry = format!("{SOCKET_ENV}=").into_bytes();
+    entry.extend(socket.as_os_str().as_bytes());
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    entries
+        .flatten()
+        .filter_map(|process| process.file_name().to_str()?.parse::<i32>().ok())
+        .filter(|pid| {
+            fs::read(format!("/proc/{pid}/environ"))
+                .is_ok_and(|environ| environ.split(|byte| *byte == 0).any(|variable| variable == entry))
+        })
+        .collect()
+}
+
+/// The directories of all cgroups a task is in.
+fn cgroup_dirs(pid: i32) -> Vec<PathBuf> {
+    let membership = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut dirs = Vec::new();
+    for line in membership.lines() {
+        let mut parts = line.splitn(3, ':');
+        let (Some(id), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next()) else { continue };
+        let mount = mounts.lines().find_map(|line| {
+            let (left, right) = line.split_once(" - ")?;
+            let mut right = right.split(' ');
+            let fstype = right.next()?;
+            let options = right.nth(1)?;
+            let matches = match id {
+                "0" => fstype == "cgroup2",
+                _ => {
+                    fstype == "cgroup" && controllers.split(',').all(|one| options.split(',').any(|other| other == one))
+                }
+            };
+            matches.then(|| left.split(' ').nth(4)).flatten()
+        });
+        if let Some(mount) = mount {
+            dirs.push(Path::new(mount).join(path.trim_start_matches('/')));
+        }
+    }
+    dirs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_found_by_its_environment_and_ended() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let socket = dir.path().join("hold.sock");
+        let mut child = std::process::Command::new("sleep").arg("60").env(SOCKET_ENV, &socket).spawn().expect("sleeps");
+        let pid = child.id().cast_signed();
+        while processes_of(&socket).is_empty() {
+            std::thread::yield_now();
+        }
+        assert_eq!(processes_of(&socket), [pid]);
+        end_restore(&socket, &dir.path().join("none"));
+        assert!(!is_alive(pid));
+        child.wait().expect("reaped");
+    }
+}
