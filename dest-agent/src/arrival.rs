@@ -27,6 +27,7 @@ use crate::one_file::{OneFile, OneFileError};
 use crate::preflight::Findings;
 use crate::restore::{Armed, RestoreError, hold_socket};
 use crate::staging::{Made, Staging, StagingError, Target, layer_store, undo};
+use crate::timerfd::{TimerfdError, rearm_expired};
 
 /// A step that failed, or was not due.
 #[derive(Debug, Error)]
@@ -83,6 +84,9 @@ pub enum ArrivalError {
     /// The restore.
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    /// The timers' image.
+    #[error(transparent)]
+    Timerfd(#[from] TimerfdError),
     /// The network switch.
     #[error(transparent)]
     Net(#[from] longhaul_common::net::NetError),
@@ -288,6 +292,8 @@ impl Arrival {
             let start = Instant::now();
             staging.mount_root(&self.container)?;
             timings.push(("mount", start.elapsed()));
+            let rearmed = rearm_expired(&staging.images())?;
+            tracing::debug!(rearmed, "periodic timers had expired during the move");
             let start = Instant::now();
             armed.restore().await?;
             timings.push(("criu-restore", start.elapsed()));

@@ -12,3 +12,4 @@ pub mod preflight;
 pub mod restore;
 pub mod service;
 pub mod staging;
+pub mod timerfd;

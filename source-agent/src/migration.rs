@@ -32,7 +32,7 @@ use crate::jobs::{Job, JobEvent};
 use crate::options::Options;
 use crate::peer::{Peer, PeerError, Session, Timings};
 use crate::push::{Pass, PushError, Round, Trees};
-use crate::record::{Record, RecordPhase};
+use crate::record::{self, Record, RecordPhase};
 use crate::report::{Outcome, millis};
 use crate::retire::retire;
 use rollback::Rollback;
@@ -131,6 +131,41 @@ pub async fn run(env: Arc<Env>, job: Arc<Job>, address: PeerAddress, options: Op
     }
     .instrument(span)
     .await;
+}
+
+/// Goes on with a migration that a killed agent left in doubt: asks until the destination answers, then ends the
+/// container here or lets it run.
+pub async fn resume_in_doubt(env: Arc<Env>, job: Arc<Job>, address: PeerAddress, record: Record) {
+    let migration = job.report().migration;
+    let outcome = loop {
+        let asked = async {
+            let (peer, _) = Peer::connect(&env.identity, &address, env.capabilities.clone()).await?;
+            peer.outcome(&migration, record.epoch).await
+        };
+        match asked.await {
+            Ok(PeerOutcome::Committed) => break Outcome::Moved,
+            Ok(PeerOutcome::Aborted) => break Outcome::Failed,
+            Ok(_) => {}
+            Err(error) => tracing::warn!(migration, error = longhaul_common::chain(&error), "still in doubt"),
+        }
+        tokio::time::sleep(ASK_AGAIN).await;
+    };
+    if outcome == Outcome::Moved {
+        record::end(&record).await;
+        retire(&env.config.engine.runtime(), &record.description, &migration, &record.to).await;
+    } else {
+        record::release_criu(&record, false).await;
+        record::thaw(&record);
+    }
+    let _ = std::fs::remove_dir_all(&record.dir);
+    env.journal.remove(&migration);
+    tracing::info!(migration, container = record.container, ?outcome, "the destination answered");
+    job.note(|report| {
+        report.outcome = outcome;
+        report.error =
+            (outcome == Outcome::Failed).then(|| "the destination undid it; the container runs here".to_owned());
+    });
+    job.tell(JobEvent::Finished(Box::new(job.report())));
 }
 
 /// What all phases of one migration share.
@@ -295,6 +330,7 @@ impl Trip {
             phase,
             dir: self.dir.clone(),
             ports: ports.iter().map(|port| (port.name.clone(), port.index, port.bridge.clone())).collect(),
+            description: inspection.description.clone(),
         };
         self.env.journal.write(&self.migration, &record)
     }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use longhaul_common::cgroup::Freezer;
 use longhaul_common::criu::hold::HoldListener;
+use longhaul_common::description::Description;
 use longhaul_common::journal::Journal;
 use longhaul_common::net::Port;
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,8 @@ pub struct Record {
     pub dir: PathBuf,
     /// The host's ends of its interfaces: name, index, bridge.
     pub ports: Vec<(String, u32, String)>,
+    /// The container, for what is done after a commit.
+    pub description: Description,
 }
 
 /// How far a migration is.
@@ -86,6 +89,19 @@ pub async fn release_criu(record: &Record, kill: bool) {
         return;
     }
     let _ = tokio::time::timeout(RECONNECT_DEADLINE, held.next()).await;
+}
+
+/// Ends a container that the destination has taken: killed while frozen, so that none of its tasks runs again.
+pub async fn end(record: &Record) {
+    if let Ok(freezer) = Freezer::of(record.init) {
+        for pid in freezer.tasks().unwrap_or_default() {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        }
+        if let Err(error) = freezer.thaw() {
+            tracing::warn!(%error, container = record.container, "can't thaw what was killed");
+        }
+    }
+    release_criu(record, true).await;
 }
 
 /// Puts the container back on its network and lets it run.

@@ -19,7 +19,8 @@ use crate::jobs::{Job, JobEvent, Jobs};
 use crate::migration::{self, Env};
 use crate::options::Options;
 use crate::peer::Peer;
-use crate::report::{Findings, Report};
+use crate::record::Record;
+use crate::report::{Findings, Outcome, Report};
 
 /// The service.
 pub struct AgentService {
@@ -31,6 +32,24 @@ impl AgentService {
     /// A service over these migrations.
     pub fn new(env: Arc<Env>, jobs: Arc<Jobs>) -> Self {
         Self { env, jobs }
+    }
+
+    /// Takes up what a killed agent left in doubt. Its containers stay frozen until their destinations answer.
+    pub fn resume(&self, in_doubt: Vec<(String, Record)>) {
+        for (migration, record) in in_doubt {
+            let mut report = Report::begin(&migration, &record.container, &record.to);
+            report.outcome = Outcome::InDoubt;
+            "commit".clone_into(&mut report.phase);
+            match (self.jobs.start(report), self.address(&record.to)) {
+                (Ok(job), Ok(address)) => {
+                    tokio::spawn(migration::resume_in_doubt(self.env.clone(), job, address, record));
+                }
+                (Err(error), _) => tracing::error!(migration, %error, "can't take up a migration in doubt"),
+                (_, Err(status)) => {
+                    tracing::error!(migration, error = status.message(), "can't take up a migration in doubt")
+                }
+            }
+        }
     }
 
     /// Where a host is: an entry of the configuration, or `[tcp://]name[:port]`.

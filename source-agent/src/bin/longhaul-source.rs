@@ -64,10 +64,11 @@ async fn run(cli: &Cli) -> Result<()> {
         journal,
     });
     let jobs = Arc::new(Jobs::default());
-    let _ = in_doubt;
+    let service = AgentService::new(env, jobs.clone());
+    service.resume(in_doubt);
     let listener = listen(&socket)?;
     let server = tonic::transport::Server::builder()
-        .add_service(longhaul_proto::agent_server(AgentService::new(env, jobs.clone())))
+        .add_service(longhaul_proto::agent_server(service))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
             told_to_end().await;
             tracing::info!("ending: migrations that have not committed are cancelled");

@@ -153,7 +153,19 @@ fn ipv6(lab: &Lab) -> Result<()> {
 
 fn selfcheck(lab: &Lab) -> Result<()> {
     let stage = Stage::of(lab)?;
-    let command = ["lab-tool", "selfcheck", "run", "--dir", "/work", "--listen", "0.0.0.0:7004", "--without", WITHOUT];
+    let command = [
+        "lab-tool",
+        "selfcheck",
+        "run",
+        "--dir",
+        "/work",
+        "--listen",
+        "0.0.0.0:7004",
+        "--with",
+        "timerfd-periodic",
+        "--without",
+        WITHOUT,
+    ];
     for (name, rootfs) in [("check-overlay", Rootfs::Overlay), ("check-plain", Rootfs::Plain)] {
         let mut spec = ContainerSpec::new(name, Ipv4Addr::new(10, 77, 0, 27), &command);
         spec.rootfs = rootfs;
