@@ -58,6 +58,12 @@ impl Freezer {
         locate(&membership, &mounts).ok_or(CgroupError::NoFreezer(pid))
     }
 
+    /// The freezer in this directory of a cgroup filesystem; nothing if there is none.
+    pub fn at(dir: PathBuf) -> Option<Self> {
+        let unified = dir.join("cgroup.freeze").exists();
+        (unified || dir.join("freezer.state").exists()).then_some(Self { dir, unified })
+    }
+
     /// Its directory.
     pub fn dir(&self) -> &Path {
         &self.dir

@@ -371,6 +371,16 @@ impl Description {
         files
     }
 
+    /// The container's addresses.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        match &self.network {
+            Network::Own { namespace, .. } => {
+                namespace.addresses.iter().map(|address| address.address.addr()).collect()
+            }
+            Network::Host => Vec::new(),
+        }
+    }
+
     fn check(&self) -> Result<(), DescriptionError> {
         check_id(&self.id)?;
         check_path("bundle", &self.bundle)?;

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -63,6 +64,17 @@ impl Journal {
                 Some((id, record))
             })
             .collect()
+    }
+
+    /// Forgets records that were last written longer ago than `age`, where `done` says that nothing hangs on them.
+    pub fn prune<T: DeserializeOwned>(&self, age: Duration, done: impl Fn(&T) -> bool) {
+        for (id, record) in self.all::<T>() {
+            let written = fs::metadata(self.path(&id)).and_then(|metadata| metadata.modified());
+            let old = written.is_ok_and(|written| written.elapsed().is_ok_and(|elapsed| elapsed > age));
+            if old && done(&record) {
+                self.remove(&id);
+            }
+        }
     }
 
     /// Forgets a record.

@@ -85,6 +85,15 @@ impl Runtime {
         self.root.clone().unwrap_or_else(|| PathBuf::from("/run/runc")).join(id)
     }
 
+    /// The cgroup it made for a container, which holds all of it: a first task may have moved itself below.
+    pub fn cgroup(&self, id: &str) -> Option<PathBuf> {
+        let text = std::fs::read(self.state_dir(id).join("state.json")).ok()?;
+        let state: serde_json::Value = serde_json::from_slice(&text).ok()?;
+        // On v2 there is one path, under an empty name.
+        let path = ["freezer", ""].iter().find_map(|name| state["cgroup_paths"][name].as_str())?;
+        Some(path.into())
+    }
+
     /// A call of it, with nothing on its standard input.
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.program);

@@ -117,6 +117,9 @@ pub struct Record {
     pub made: Made,
 }
 
+/// How long the end of a migration is remembered: a source in doubt asks within minutes, or its host was down for days.
+const REMEMBERED: std::time::Duration = std::time::Duration::from_secs(30 * 24 * 3600);
+
 /// How far a migration is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -490,6 +493,7 @@ fn out_of_turn(got: &'static str, expected: &'static str, state: &State) -> Arri
 
 /// At the agent's start: what an earlier life left half-done is taken away; what is committed stays.
 pub async fn recover(config: &DestConfig, journal: &Journal) {
+    journal.prune(REMEMBERED, |record: &Record| record.phase != RecordPhase::Arriving);
     let runtime = config.engine.runtime();
     for (migration, mut record) in journal.all::<Record>() {
         if record.phase != RecordPhase::Arriving {

@@ -141,7 +141,13 @@ impl Armed {
         if self.gone {
             if self.init > 0 {
                 // The end of its init ends a PID namespace. Its sockets say so into a network that is on no bridge.
+                let tracer = tracer_of(self.init);
                 let _ = kill(Pid::from_raw(self.init), Signal::SIGKILL);
+                // CRIU would wait for that init, and the init (`zap_pid_ns_processes`) for its own dead threads, which
+                // only their tracer, CRIU, can reap: told to fail, it would never end.
+                if let Some(tracer) = tracer {
+                    let _ = kill(tracer, Signal::SIGKILL);
+                }
             }
             let _ = self.held.verdict(false).await;
         } else {
@@ -168,6 +174,13 @@ pub fn hold_socket(run: &Path) -> PathBuf {
 const PRE_RESUME: &str = "pre-resume";
 /// The one that names the root task.
 const POST_RESTORE: &str = "post-restore";
+
+/// Who traces a task (proc_pid_status(5)).
+fn tracer_of(pid: i32) -> Option<Pid> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let tracer: i32 = status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?.trim().parse().ok()?;
+    (tracer > 0).then(|| Pid::from_raw(tracer))
+}
 
 fn runtime_message(log: &Path) -> String {
     last_message(&std::fs::read_to_string(log).unwrap_or_default())

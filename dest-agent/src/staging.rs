@@ -168,6 +168,8 @@ impl Staging {
         fs::create_dir_all(&images).map_err(path_error("create", &images))?;
         fs::create_dir_all(self.work()).map_err(path_error("create", &self.work()))?;
         if let Network::Own { path, namespace } = &container.network {
+            // Tracked during an earlier stay, with windows of that time.
+            net::forget_connections(container.addresses());
             let built = net::build(namespace, bridges)?;
             if let Some(path) = path {
                 self.pin(&built, Path::new(path))?;

@@ -91,7 +91,7 @@ pub enum JobError {
     #[error("container {0} is being moved already: `migrate status`")]
     Busy(String),
     /// None of that name.
-    #[error("no migration of {0:?} is under way")]
+    #[error("{}", if .0.is_empty() { "no migration is under way".to_owned() } else { format!("no migration of {:?} is under way", .0) })]
     Unknown(String),
     /// More than one.
     #[error("several migrations are under way: name the container")]

@@ -324,7 +324,7 @@ impl Trip {
         let ports = &inspection.live.ports;
         let record = Record {
             container: self.container.clone(),
-            init: inspection.live.init,
+            cgroup: inspection.live.freezer.dir().to_owned(),
             to: self.address.host.clone(),
             epoch: self.epoch,
             phase,
@@ -343,6 +343,8 @@ struct Negotiated {
 
 impl Negotiated {
     async fn preflight(self, trip: &Trip) -> Result<Accepted, MigrationError> {
+        let hint = "looking at the container; a layer that was never seen is read whole";
+        trip.progress("preflight", hint.to_owned(), 0, 0);
         let inspection = inspect(&trip.env.config, &trip.env.digests, &trip.container, &trip.options).await?;
         trip.job.note(|report| report.memory_bytes = inspection.description.memory_bytes);
         let session = Arc::new(self.peer.session().await?);
@@ -441,13 +443,67 @@ impl Ready {
         trip.record(&prepared.inspection, RecordPhase::Frozen)?;
         let at = Instant::now();
         let mut rollback = trip.rollback.lock().await;
-        let freezer = prepared.inspection.live.freezer.clone();
+        let live = &prepared.inspection.live;
+        let (freezer, ports, init) = (live.freezer.clone(), live.ports.clone(), live.init);
         rollback.freezer = Some(freezer.clone());
+        rollback.ports.clone_from(&ports);
         drop(rollback);
-        tokio::task::spawn_blocking(move || freezer.freeze()).await.map_err(|_| MigrationError::Panicked)??;
+        tokio::task::spawn_blocking(move || quiesce(&freezer, &ports, init))
+            .await
+            .map_err(|_| MigrationError::Panicked)??;
         trip.step("freeze", at.elapsed());
         Ok(Frozen { prepared, at })
     }
+}
+
+/// Attempts at a freeze that catches no connection half accepted.
+const QUIESCE_TRIES: u32 = 20;
+/// How long a program may take to accept what waits, before the freeze is tried all the same.
+const ACCEPT_WAIT: Duration = Duration::from_millis(10);
+/// Time for acknowledgements of what was sent just before the freeze: what has none waits for a retransmission, which a
+/// restored socket makes after a second.
+const LAST_ACKS: Duration = Duration::from_millis(2);
+
+/// Freezes the container and cuts it off at a moment when no connection waits to be accepted: CRIU can't save those,
+/// and a frozen program accepts none.
+fn quiesce(
+    freezer: &longhaul_common::cgroup::Freezer,
+    ports: &[longhaul_common::net::Port],
+    init: i32,
+) -> Result<(), MigrationError> {
+    for attempt in 1.. {
+        let start = Instant::now();
+        while waiting_connections(init) && start.elapsed() < ACCEPT_WAIT {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        freezer.freeze()?;
+        std::thread::sleep(LAST_ACKS);
+        for port in ports {
+            port.part().map_err(InspectError::from)?;
+        }
+        if attempt == QUIESCE_TRIES || !waiting_connections(init) {
+            break;
+        }
+        tracing::debug!(attempt, "a connection waits to be accepted: the container goes on for a moment");
+        for port in ports {
+            port.join().map_err(InspectError::from)?;
+        }
+        freezer.thaw()?;
+    }
+    Ok(())
+}
+
+/// Whether a TCP listener of the container has connections that were not accepted: a listener's `rx_queue` in
+/// `/proc/net/tcp` is their number (`get_tcp4_sock` in net/ipv4/tcp_ipv4.c).
+fn waiting_connections(init: i32) -> bool {
+    ["tcp", "tcp6"].iter().any(|table| {
+        let text = std::fs::read_to_string(format!("/proc/{init}/net/{table}")).unwrap_or_default();
+        text.lines().skip(1).any(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            matches!(words.as_slice(), [_, _, _, "0A", queues, ..]
+                if queues.split_once(':').is_some_and(|(_, waiting)| waiting.bytes().any(|digit| digit != b'0')))
+        })
+    })
 }
 
 /// Nothing in the container runs.

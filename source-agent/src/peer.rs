@@ -238,8 +238,9 @@ impl Session {
     /// Tells the destination to undo everything. Best effort: the end of the stream says the same.
     pub async fn abort(&self, reason: &str) {
         let _ = self.send(Request::Abort(peer::Abort { reason: reason.to_owned() })).await;
-        // Its answer means that it has cleaned up.
-        let _ = tokio::time::timeout(Duration::from_secs(15), self.reply()).await;
+        // Its word that it failed means that it has cleaned up; an answer to something earlier may come before.
+        let cleaned = async { while self.reply().await.is_ok() {} };
+        let _ = tokio::time::timeout(Duration::from_secs(15), cleaned).await;
     }
 
     async fn send(&self, message: Request) -> Result<(), PeerError> {

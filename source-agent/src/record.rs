@@ -20,8 +20,8 @@ const RECONNECT_DEADLINE: Duration = Duration::from_secs(2);
 pub struct Record {
     /// The container.
     pub container: String,
-    /// Its first task.
-    pub init: i32,
+    /// Its cgroup that is frozen.
+    pub cgroup: PathBuf,
     /// Where it goes.
     pub to: String,
     /// The migration's epoch.
@@ -93,7 +93,7 @@ pub async fn release_criu(record: &Record, kill: bool) {
 
 /// Ends a container that the destination has taken: killed while frozen, so that none of its tasks runs again.
 pub async fn end(record: &Record) {
-    if let Ok(freezer) = Freezer::of(record.init) {
+    if let Some(freezer) = Freezer::at(record.cgroup.clone()) {
         for pid in freezer.tasks().unwrap_or_default() {
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
         }
@@ -112,8 +112,9 @@ pub fn thaw(record: &Record) {
             tracing::error!(%error, "can't put the container back on its bridge");
         }
     }
-    match Freezer::of(record.init).and_then(|freezer| freezer.thaw()) {
-        Ok(()) => {}
-        Err(error) => tracing::error!(%error, container = record.container, "can't thaw the container"),
+    match Freezer::at(record.cgroup.clone()).map(|freezer| freezer.thaw()) {
+        Some(Ok(())) => {}
+        None => tracing::warn!(container = record.container, "its cgroup is gone: it has ended"),
+        Some(Err(error)) => tracing::error!(%error, container = record.container, "can't thaw the container"),
     }
 }

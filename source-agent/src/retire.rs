@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use longhaul_common::description::{Description, Network, Rootfs, VolumeMode};
 use longhaul_common::moved::Moved;
+use longhaul_common::net::forget_connections;
 use longhaul_common::runtime::Runtime;
 use nix::mount::{MntFlags, umount2};
 
@@ -15,6 +16,7 @@ pub async fn retire(runtime: &Runtime, container: &Description, migration: &str,
     {
         tracing::warn!(%error, "the runtime still lists the container that moved");
     }
+    forget_connections(container.addresses());
     if let Network::Own { path: Some(path), .. } = &container.network {
         unmount(Path::new(path));
         let _ = std::fs::remove_file(path);

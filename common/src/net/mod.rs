@@ -199,6 +199,29 @@ fn run_ip(netns: Option<BorrowedFd<'_>>, words: &[&str], input: Option<&str>) ->
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// Makes this host forget the connections it tracks of these addresses. Kept, they would be taken for invalid when the
+/// container comes back, and dropped (engines that filter `ct state invalid` do so).
+///
+/// Best effort: a host that tracks nothing has nothing to forget, and one without `conntrack` is told once.
+pub fn forget_connections(addresses: impl IntoIterator<Item = std::net::IpAddr>) {
+    let tracked = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count").unwrap_or_default();
+    if matches!(tracked.trim(), "" | "0") {
+        return;
+    }
+    for address in addresses {
+        let family = if address.is_ipv6() { "ipv6" } else { "ipv4" };
+        for direction in ["--src", "--dst"] {
+            let address = address.to_string();
+            let mut command = Command::new("conntrack");
+            command.args(["--delete", "--family", family, direction, &address]);
+            if let Err(error) = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status() {
+                tracing::warn!(%error, "can't run conntrack: connections of the container stay tracked here");
+                return;
+            }
+        }
+    }
+}
+
 /// The host's end of a veth pair, and the bridge it belongs on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Port {

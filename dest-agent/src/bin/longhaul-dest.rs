@@ -45,12 +45,13 @@ async fn run(cli: &Cli) -> Result<()> {
     let path = cli.config.clone().unwrap_or_else(|| config::DEST_FILE.into());
     let config: Arc<DestConfig> = Arc::new(config::load(&path, cli.config.is_some())?);
     let identity = Identity::load(&config.tls)?;
+    // First of all: a second agent by mistake must not undo what the first is doing.
+    let listener = TcpListener::bind(config.listen).await.with_context(|| format!("listen at {}", config.listen))?;
     std::fs::create_dir_all(&config.paths.run).with_context(|| format!("create {}", config.paths.run.display()))?;
     let memory = longhaul_common::memory_dir::mount(&config.paths.run.join("dest"))?;
     let journal = Journal::open(config.paths.state.join("dest"))?;
     arrival::recover(&config, &journal).await;
 
-    let listener = TcpListener::bind(config.listen).await.with_context(|| format!("listen at {}", config.listen))?;
     let service = PeerService::new(config.clone(), journal);
     let arrivals = service.arrivals();
     let server = tonic::transport::Server::builder()

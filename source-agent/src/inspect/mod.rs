@@ -27,6 +27,14 @@ pub enum InspectError {
     /// The runtime.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
+    /// It has no tasks.
+    #[error("container {id} is {status}: only a running container can be moved live; start it")]
+    NotRunning {
+        /// Its id.
+        id: String,
+        /// The runtime's word.
+        status: String,
+    },
     /// Its cgroup.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
@@ -97,6 +105,9 @@ pub async fn inspect(
 ) -> Result<Inspection, InspectError> {
     let state = config.engine.runtime().state(id).await?;
     let mut obstacles = Vec::new();
+    if state.pid == 0 {
+        return Err(InspectError::NotRunning { id: id.to_owned(), status: state.status });
+    }
     if state.status != "running" {
         let fix = match state.status.as_str() {
             "paused" => format!("`runc resume {id}`"),
@@ -113,7 +124,10 @@ pub async fn inspect(
         serde_json::from_str(&text).map_err(|source| InspectError::Config { path: config_path, source })?;
     let rootfs = rootfs::find(&oci, &bundle, digests)?;
     let volumes = mounts::examine(&oci, state.pid, options, &mut obstacles)?;
-    let freezer = Freezer::of(state.pid)?;
+    let freezer = match config.engine.runtime().cgroup(id).and_then(Freezer::at) {
+        Some(freezer) => freezer,
+        None => Freezer::of(state.pid)?,
+    };
     let tasks = freezer.tasks()?;
     let stdio = stdio::examine(id, state.pid, &oci, options, &mut obstacles)?;
     tasks::examine(state.pid, &tasks, &stdio, &mut obstacles)?;

@@ -14,7 +14,7 @@ const UNSUPPORTED: [(&str, &str, &str); 7] = [
     (
         "anon_inode:[io_uring]",
         "io_uring",
-        "turn it off in the program (node: UV_USE_IO_URING=0; PostgreSQL 18: io_method=worker)",
+        "deny io_uring_setup in the container's seccomp profile (node and others then do without), or turn it off in the program (PostgreSQL 18: io_method=worker)",
     ),
     ("anon_inode:[userfaultfd]", "a userfaultfd", "only garbage collectors and hypervisors use it: turn that mode off"),
     ("anon_inode:[perf_event]", "a performance counter", "end the profiler"),
@@ -162,7 +162,7 @@ mod tests {
     #[test]
     fn an_io_uring_is_named_with_its_way_out() {
         let obstacle = descriptor(1, 3, "anon_inode:[io_uring]", &HashSet::new(), &HashSet::new()).expect("found");
-        assert!(obstacle.why.contains("io_uring") && obstacle.fix.contains("UV_USE_IO_URING"));
+        assert!(obstacle.why.contains("io_uring") && obstacle.fix.contains("seccomp"));
     }
 
     #[test]
