@@ -16,15 +16,15 @@ use crate::criu::hold::SOCKET_ENV;
 /// How long killed tasks may take to go.
 const GONE_DEADLINE: Duration = Duration::from_secs(5);
 
+/// How long CRIU may go on saving before it notices: gigabytes of memory take seconds.
+const CHECKPOINT_DEADLINE: Duration = Duration::from_secs(60);
+
 /// Ends every process that was started for the migration whose hold listens at `socket`, with the tasks of the cgroup
 /// they were restored into, and removes that cgroup.
 ///
 /// Only for a migration that has not committed: its container must not run here.
 pub fn end_restore(socket: &Path, runtime_dir: &Path) {
     let started = processes_of(socket);
-    if started.is_empty() {
-        return;
-    }
     let mut doomed: BTreeSet<i32> = started.iter().copied().collect();
     let own = cgroup_dirs(std::process::id().cast_signed());
     let mut dirs = BTreeSet::new();
@@ -43,22 +43,44 @@ pub fn end_restore(socket: &Path, runtime_dir: &Path) {
     for &pid in &doomed {
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
     }
-    let deadline = Instant::now() + GONE_DEADLINE;
-    while doomed.iter().any(|pid| is_alive(*pid)) && Instant::now() < deadline {
-        // They are no children of ours: nobody tells when they are gone.
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_gone(|| doomed.iter().any(|pid| is_alive(*pid)), GONE_DEADLINE);
     // Where runc binds the root filesystem for CRIU.
     let _ = umount2(&runtime_dir.join("criu-root"), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
     let _ = fs::remove_dir(runtime_dir.join("criu-root"));
-    for file in ["state.json", "checkpoint"] {
-        let _ = fs::remove_file(runtime_dir.join(file));
+    // What is left in there are files of the runtime: with the mount gone, nothing of the container is below.
+    if !runtime_dir.join("criu-root").exists() && runtime_dir.exists() {
+        let _ = fs::remove_dir_all(runtime_dir);
     }
-    let _ = fs::remove_dir(runtime_dir);
     for dir in dirs.iter().rev() {
         if let Err(error) = fs::remove_dir(dir) {
             tracing::debug!(dir = %dir.display(), %error, "can't remove a cgroup");
         }
+    }
+}
+
+/// Ends the checkpoint whose hold listens at `socket`, in a way that leaves the container's tasks whole.
+///
+/// Only the hold is killed. CRIU, with code of its own in the tasks, must not be: it finds its peer gone at its next
+/// notification, takes back what it did, and ends.
+pub fn end_checkpoint(socket: &Path) {
+    for pid in processes_of(socket) {
+        let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        if exe.to_string_lossy().trim_end_matches(" (deleted)").ends_with("longhaul-criu") {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+    wait_gone(|| processes_of(socket).iter().any(|pid| is_alive(*pid)), CHECKPOINT_DEADLINE);
+}
+
+/// Waits until something is no longer so. Those waited for are no children of ours: nobody tells when they are gone.
+fn wait_gone(still: impl Fn() -> bool, deadline: Duration) {
+    let end = Instant::now() + deadline;
+    while still() {
+        if Instant::now() > end {
+            tracing::warn!("processes of a killed agent's migration do not end");
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

@@ -151,11 +151,12 @@ pub async fn resume_in_doubt(env: Arc<Env>, job: Arc<Job>, address: PeerAddress,
         tokio::time::sleep(ASK_AGAIN).await;
     };
     if outcome == Outcome::Moved {
-        record::end(&record).await;
+        let done = record.clone();
+        let _ = tokio::task::spawn_blocking(move || record::end(&done)).await;
         retire(&env.config.engine.runtime(), &record.description, &migration, &record.to).await;
     } else {
-        record::release_criu(&record, false).await;
-        record::thaw(&record);
+        let done = record.clone();
+        let _ = tokio::task::spawn_blocking(move || record::let_go(&done)).await;
     }
     let _ = std::fs::remove_dir_all(&record.dir);
     env.journal.remove(&migration);
@@ -192,7 +193,8 @@ impl Trip {
         let synced = self.phase("rootfs-presync", prepared.presync(self)).await?;
         // Rounds of memory come here, between the files and the freeze.
         let armed = self.phase("arm", synced.arm(self)).await?;
-        let frozen = self.phase("freeze", armed.freeze(self)).await?;
+        // A freeze is not interrupted half-way: a cancellation waits the few milliseconds for it.
+        let frozen = self.last_phase("freeze", armed.freeze(self)).await?;
         let saved = self.phase("final-state", frozen.save(self)).await?;
         let restored = self.phase("restore", saved.restore(self)).await?;
         // ---- the point of no return: from here the container is not this host's to thaw ----

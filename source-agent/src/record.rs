@@ -1,19 +1,15 @@
 //! What a source agent must know after it was killed, and what it does then.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use longhaul_common::cgroup::Freezer;
-use longhaul_common::criu::hold::HoldListener;
 use longhaul_common::description::Description;
 use longhaul_common::journal::Journal;
+use longhaul_common::leftovers::end_checkpoint;
 use longhaul_common::net::Port;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::hold_socket;
-
-/// How long a CRIU that waits may take to find the new agent: it looks every 50 ms.
-const RECONNECT_DEADLINE: Duration = Duration::from_secs(2);
 
 /// One migration's record.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -47,7 +43,7 @@ pub enum RecordPhase {
 }
 
 /// At the agent's start: thaws what an earlier life left frozen and still owned. Returns what is in doubt.
-pub async fn recover(journal: &Journal) -> Vec<(String, Record)> {
+pub fn recover(journal: &Journal) -> Vec<(String, Record)> {
     let mut in_doubt = Vec::new();
     for (migration, record) in journal.all::<Record>() {
         match record.phase {
@@ -65,8 +61,7 @@ pub async fn recover(journal: &Journal) -> Vec<(String, Record)> {
                     container = record.container,
                     "thawing a container that a killed agent left frozen"
                 );
-                release_criu(&record, false).await;
-                thaw(&record);
+                let_go(&record);
                 let _ = std::fs::remove_dir_all(&record.dir);
                 journal.remove(&migration);
             }
@@ -75,24 +70,8 @@ pub async fn recover(journal: &Journal) -> Vec<(String, Record)> {
     in_doubt
 }
 
-/// Gives a CRIU that waits at the end of its dump the verdict: kill the tasks, or let them be.
-pub async fn release_criu(record: &Record, kill: bool) {
-    let Ok(listener) = HoldListener::bind(&hold_socket(&record.dir)) else { return };
-    let Ok(Ok(mut held)) = tokio::time::timeout(RECONNECT_DEADLINE, listener.accept()).await else {
-        tracing::debug!("no CRIU is waiting");
-        return;
-    };
-    // The event it waits at is said again after the reconnection.
-    let _ = tokio::time::timeout(RECONNECT_DEADLINE, held.next()).await;
-    if let Err(error) = held.verdict(kill).await {
-        tracing::warn!(%error, "can't tell CRIU the verdict");
-        return;
-    }
-    let _ = tokio::time::timeout(RECONNECT_DEADLINE, held.next()).await;
-}
-
 /// Ends a container that the destination has taken: killed while frozen, so that none of its tasks runs again.
-pub async fn end(record: &Record) {
+pub fn end(record: &Record) {
     if let Some(freezer) = Freezer::at(record.cgroup.clone()) {
         for pid in freezer.tasks().unwrap_or_default() {
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
@@ -101,11 +80,13 @@ pub async fn end(record: &Record) {
             tracing::warn!(%error, container = record.container, "can't thaw what was killed");
         }
     }
-    release_criu(record, true).await;
+    end_checkpoint(&hold_socket(&record.dir));
 }
 
-/// Puts the container back on its network and lets it run.
-pub fn thaw(record: &Record) {
+/// Has CRIU take back what it did, puts the container back on its network and lets it run.
+pub fn let_go(record: &Record) {
+    // First: CRIU leaves the cgroup as frozen as it found it.
+    end_checkpoint(&hold_socket(&record.dir));
     for (name, index, bridge) in &record.ports {
         let port = Port { name: name.clone(), index: *index, bridge: bridge.clone() };
         if let Err(error) = port.join() {

@@ -54,7 +54,7 @@ async fn run(cli: &Cli) -> Result<()> {
     std::fs::create_dir_all(&config.paths.run).with_context(|| format!("create {}", config.paths.run.display()))?;
     let memory = longhaul_common::memory_dir::mount(&config.paths.run.join("source"))?;
     let journal = Journal::open(config.paths.state.join("source"))?;
-    let in_doubt = record::recover(&journal).await;
+    let in_doubt = record::recover(&journal);
     let socket = config.socket.clone().unwrap_or_else(|| config::AGENT_SOCKET.into());
     let env = Arc::new(Env {
         capabilities: Capabilities::of_this_host(&config.engine),

@@ -34,7 +34,7 @@ fn goes_on(client: Client, host: &Host) -> Result<()> {
 }
 
 fn destination_is_empty(host: &Host) -> Result<()> {
-    let left = host.sh("runc list -q; ls /srv/containers 2>/dev/null || true")?;
+    let left = host.sh("runc list -q; find /srv/containers -mindepth 1 2>/dev/null | head; find /run/runc -mindepth 1 2>/dev/null; true")?;
     ensure!(left.trim().is_empty(), "on {} is left: {left}", host.name);
     Ok(())
 }
