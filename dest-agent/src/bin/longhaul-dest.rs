@@ -13,11 +13,13 @@ use longhaul_common::telemetry;
 use longhaul_common::tls::{FRAME_BYTES, Identity, TlsIncoming, WINDOW_BYTES};
 use longhaul_dest::arrival;
 use longhaul_dest::service::PeerService;
-use tokio::net::TcpListener;
+use tokio::net::TcpSocket;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// How long migrations may go on after the agent was told to end.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(20);
+/// Connections that may wait to be accepted.
+const BACKLOG: u32 = 128;
 
 /// Takes in containers that other hosts' longhaul-source agents move here.
 #[derive(Parser)]
@@ -45,13 +47,14 @@ async fn run(cli: &Cli) -> Result<()> {
     let path = cli.config.clone().unwrap_or_else(|| config::DEST_FILE.into());
     let config: Arc<DestConfig> = Arc::new(config::load(&path, cli.config.is_some())?);
     let identity = Identity::load(&config.tls)?;
-    // First of all: a second agent by mistake must not undo what the first is doing.
-    let listener = TcpListener::bind(config.listen).await.with_context(|| format!("listen at {}", config.listen))?;
+    // First of all: a second agent by mistake must not undo what the first is doing. Nobody is answered before that is done.
+    let socket = bind(config.listen).with_context(|| format!("listen at {}", config.listen))?;
     std::fs::create_dir_all(&config.paths.run).with_context(|| format!("create {}", config.paths.run.display()))?;
     let memory = longhaul_common::memory_dir::mount(&config.paths.run.join("dest"))?;
     let journal = Journal::open(config.paths.state.join("dest"))?;
     arrival::recover(&config, &journal).await;
 
+    let listener = socket.listen(BACKLOG).with_context(|| format!("listen at {}", config.listen))?;
     let service = PeerService::new(config.clone(), journal);
     let arrivals = service.arrivals();
     let server = tonic::transport::Server::builder()
@@ -78,6 +81,15 @@ async fn run(cli: &Cli) -> Result<()> {
     }
     drop(memory);
     Ok(())
+}
+
+/// Takes the address, without answering at it yet.
+fn bind(address: std::net::SocketAddr) -> std::io::Result<TcpSocket> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // The connections of an agent that has just ended may linger.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    Ok(socket)
 }
 
 async fn told_to_end() {
