@@ -17,7 +17,7 @@ use longhaul_common::criu::keep_logs;
 use longhaul_common::host::{Capabilities, compare};
 use longhaul_common::journal::{Journal, JournalError};
 use longhaul_common::layers::LayerDigests;
-use longhaul_common::net::{Netns, neighbours};
+use longhaul_common::net::{ListenQueues, Netns, neighbours};
 use longhaul_common::obstacle::Obstacle;
 use longhaul_common::tls::{Identity, PeerAddress};
 use longhaul_proto::peer::{Offer, Outcome as PeerOutcome};
@@ -473,9 +473,12 @@ fn quiesce(
     ports: &[longhaul_common::net::Port],
     init: i32,
 ) -> Result<(), MigrationError> {
+    let queues = Netns::of_task(init).and_then(|netns| ListenQueues::open(&netns)).map_err(InspectError::from)?;
+    // What can't be asked is left to CRIU, which refuses by name.
+    let waiting = || queues.any_waiting().unwrap_or(false);
     for attempt in 1.. {
         let start = Instant::now();
-        while waiting_connections(init) && start.elapsed() < ACCEPT_WAIT {
+        while waiting() && start.elapsed() < ACCEPT_WAIT {
             std::thread::sleep(Duration::from_micros(200));
         }
         freezer.freeze()?;
@@ -483,7 +486,7 @@ fn quiesce(
         for port in ports {
             port.part().map_err(InspectError::from)?;
         }
-        if attempt == QUIESCE_TRIES || !waiting_connections(init) {
+        if attempt == QUIESCE_TRIES || !waiting() {
             break;
         }
         tracing::debug!(attempt, "a connection waits to be accepted: the container goes on for a moment");
@@ -493,19 +496,6 @@ fn quiesce(
         freezer.thaw()?;
     }
     Ok(())
-}
-
-/// Whether a TCP listener of the container has connections that were not accepted: a listener's `rx_queue` in
-/// `/proc/net/tcp` is their number (`get_tcp4_sock` in net/ipv4/tcp_ipv4.c).
-fn waiting_connections(init: i32) -> bool {
-    ["tcp", "tcp6"].iter().any(|table| {
-        let text = std::fs::read_to_string(format!("/proc/{init}/net/{table}")).unwrap_or_default();
-        text.lines().skip(1).any(|line| {
-            let words: Vec<&str> = line.split_whitespace().collect();
-            matches!(words.as_slice(), [_, _, _, "0A", queues, ..]
-                if queues.split_once(':').is_some_and(|(_, waiting)| waiting.bytes().any(|digit| digit != b'0')))
-        })
-    })
 }
 
 /// Nothing in the container runs.

@@ -5,6 +5,7 @@
 //! one on, announcing) is done by system call.
 
 mod announce;
+mod backlog;
 mod build;
 mod describe;
 
@@ -18,10 +19,11 @@ use nix::sched::{CloneFlags, setns, unshare};
 use thiserror::Error;
 
 pub use announce::Announcer;
+pub use backlog::ListenQueues;
 pub use build::{BuiltNamespace, addresses_in_use, build};
 pub use describe::{Described, describe, neighbours};
 
-use crate::sys::{BridgePort, InNetns, bridge_port};
+use crate::sys::{BridgePort, InNetns, PortState, bridge_port, set_port_state};
 
 /// A failed network operation.
 #[derive(Debug, Error)]
@@ -234,15 +236,24 @@ pub struct Port {
 }
 
 impl Port {
-    /// Puts it on its bridge; being there already is success.
+    /// Puts it on its bridge, forwarding; being there already is success.
     pub fn join(&self) -> Result<(), NetError> {
-        self.change(BridgePort::Attach, "join", libc::EBUSY)
+        self.change(BridgePort::Attach, "join", libc::EBUSY)?;
+        if let Err(error) = set_port_state(self.index, PortState::Forwarding) {
+            // Under the spanning tree protocol the bridge comes to it by itself.
+            tracing::debug!(%error, port = self.name, "can't set the port forwarding");
+        }
+        Ok(())
     }
 
-    /// Takes it off its bridge: packets to the container end there, and none of its own get out. Its carrier stays up, so
-    /// that the container sees no change.
+    /// Cuts it off: packets to the container end on the bridge, and none of its own get out. Its carrier stays up, so that
+    /// the container sees no change.
     pub fn part(&self) -> Result<(), NetError> {
-        self.change(BridgePort::Detach, "part", libc::EINVAL)
+        match set_port_state(self.index, PortState::Disabled) {
+            Ok(()) => Ok(()),
+            // Under the spanning tree protocol the state is not ours to set; off the bridge it is cut off as well.
+            Err(_) => self.change(BridgePort::Detach, "part", libc::EINVAL),
+        }
     }
 
     fn change(&self, action: BridgePort, operation: &'static str, done_already: i32) -> Result<(), NetError> {
