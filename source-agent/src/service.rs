@@ -46,7 +46,7 @@ impl AgentService {
                 }
                 (Err(error), _) => tracing::error!(migration, %error, "can't take up a migration in doubt"),
                 (_, Err(status)) => {
-                    tracing::error!(migration, error = status.message(), "can't take up a migration in doubt")
+                    tracing::error!(migration, error = status.message(), "can't take up a migration in doubt");
                 }
             }
         }
