@@ -36,7 +36,8 @@ pub async fn examine(config: &DestConfig, digests: &LayerDigests, container: &De
     memory(config, container, &mut findings.obstacles);
     disk(config, container, &mut findings.obstacles);
     network(config, &runtime, container, &mut findings.obstacles).await;
-    layers(config, digests, container, &mut findings);
+    // It may have to read gigabytes: the connection's own task must go on.
+    tokio::task::block_in_place(|| layers(config, digests, container, &mut findings));
     findings
 }
 

@@ -183,7 +183,7 @@ impl Peer for PeerService {
         &self,
         request: tonic::Request<peer::OutcomeRequest>,
     ) -> Result<Response<peer::OutcomeReply>, Status> {
-        self.admit(&request)?;
+        let identity = self.admit(&request)?;
         let asked = request.into_inner();
         if !is_migration_id(&asked.migration_id) {
             return Err(Status::invalid_argument("that is no migration's id"));
@@ -192,6 +192,9 @@ impl Peer for PeerService {
         let outcome = match (live, self.journal.read::<Record>(&asked.migration_id)) {
             (_, Some(Record { phase: RecordPhase::Committed, .. })) => peer::Outcome::Committed,
             // The source asks because it lost us: what is not committed by now is undone before the answer.
+            (Some(arrival), _) if arrival.peer != identity.names => {
+                return Err(Status::permission_denied("that migration is another host's"));
+            }
             (Some(arrival), _) => {
                 arrival.abort("the source asked for the outcome before it had committed").await;
                 if arrival.is_committed().await { peer::Outcome::Committed } else { peer::Outcome::Aborted }
@@ -295,6 +298,10 @@ impl Session {
             let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
             if arrivals.contains_key(&offer.migration_id) {
                 return Err(format!("migration {} is under way here already", offer.migration_id));
+            }
+            // Looked at again: another offer may have been accepted while this one was examined.
+            if arrivals.values().any(|other| other.container.id == arrival.container.id) {
+                return Err(format!("another migration of {} is arriving here", arrival.container.id));
             }
             arrivals.insert(offer.migration_id, arrival.clone());
         }

@@ -140,11 +140,12 @@ impl Staging {
     /// Makes directories, the bundle and the quiet network. The stale copy of an earlier stay gives way.
     pub fn prepare(&mut self, container: &Description, bridges: &BTreeMap<String, String>) -> Result<(), StagingError> {
         if let Some(stale) = Moved::read(Path::new(&container.bundle)) {
-            for path in written_paths(container).iter().map(Path::new).filter(|path| stale.covers(&container.id, path))
-            {
-                remove_path(path);
+            // The bundle itself, named first, goes last: while it stands, so does the mark that says what may be replaced.
+            for path in written_paths(container).iter().rev().map(Path::new) {
+                if stale.covers(&container.id, path) {
+                    remove_path(path);
+                }
             }
-            // The bundle itself goes last: while it stands, so does the mark that says what may be replaced.
         }
         for path in written_paths(container) {
             self.made.paths.push(path.into());

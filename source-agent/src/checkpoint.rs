@@ -15,6 +15,8 @@ use tokio::process::Child;
 const START_DEADLINE: Duration = Duration::from_secs(20);
 /// How long a runtime may take to end once CRIU has.
 const END_DEADLINE: Duration = Duration::from_secs(10);
+/// How long CRIU may go on saving after a cancellation.
+const CANCEL_DEADLINE: Duration = Duration::from_secs(120);
 /// The largest unlinked but open file that comes along, in bytes. CRIU's own limit is 1 MiB.
 const GHOST_LIMIT: u32 = 1 << 30;
 
@@ -145,7 +147,7 @@ impl Armed {
         if let Err(error) = self.held.verdict(true).await {
             tracing::warn!(%error, "CRIU was gone before it was told to kill");
         }
-        self.end().await;
+        self.end(END_DEADLINE).await;
     }
 
     /// Gives up: CRIU undoes what it did, and the runtime keeps the container.
@@ -154,11 +156,12 @@ impl Armed {
         if let Err(error) = told {
             tracing::debug!(%error, "CRIU had ended already");
         }
-        self.end().await;
+        // CRIU notices at its next notification: gigabytes of memory may come before that.
+        self.end(CANCEL_DEADLINE).await;
     }
 
-    async fn end(&mut self) {
-        if tokio::time::timeout(END_DEADLINE, self.child.wait()).await.is_err() {
+    async fn end(&mut self, deadline: Duration) {
+        if tokio::time::timeout(deadline, self.child.wait()).await.is_err() {
             tracing::warn!("the runtime did not end after the checkpoint");
             let _ = self.child.start_kill();
         }

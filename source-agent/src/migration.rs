@@ -3,6 +3,7 @@
 //! Every phase takes what the one before it made, so none can be left out or repeated. What has to be undone
 //! after a failure lies in one [`Rollback`], which outlives the phases. After [`Restored::commit`] nothing is undone.
 
+mod quiesce;
 mod rollback;
 
 use std::future::Future;
@@ -17,7 +18,7 @@ use longhaul_common::criu::keep_logs;
 use longhaul_common::host::{Capabilities, compare};
 use longhaul_common::journal::{Journal, JournalError};
 use longhaul_common::layers::LayerDigests;
-use longhaul_common::net::{ListenQueues, Netns, neighbours};
+use longhaul_common::net::{Netns, neighbours};
 use longhaul_common::obstacle::Obstacle;
 use longhaul_common::tls::{Identity, PeerAddress};
 use longhaul_proto::peer::{Offer, Outcome as PeerOutcome};
@@ -35,6 +36,7 @@ use crate::push::{Pass, PushError, Round, Trees};
 use crate::record::{self, Record, RecordPhase};
 use crate::report::{Outcome, millis};
 use crate::retire::retire;
+use quiesce::quiesce;
 use rollback::Rollback;
 
 /// Live passes over the files stop when one has sent no more than this, in bytes: what is left fits into a few ms.
@@ -458,46 +460,6 @@ impl Ready {
     }
 }
 
-/// Attempts at a freeze that catches no connection half accepted.
-const QUIESCE_TRIES: u32 = 20;
-/// How long a program may take to accept what waits, before the freeze is tried all the same.
-const ACCEPT_WAIT: Duration = Duration::from_millis(10);
-/// Time for acknowledgements of what was sent just before the freeze: what has none waits for a retransmission, which a
-/// restored socket makes after a second.
-const LAST_ACKS: Duration = Duration::from_millis(2);
-
-/// Freezes the container and cuts it off at a moment when no connection waits to be accepted: CRIU can't save those,
-/// and a frozen program accepts none.
-fn quiesce(
-    freezer: &longhaul_common::cgroup::Freezer,
-    ports: &[longhaul_common::net::Port],
-    init: i32,
-) -> Result<(), MigrationError> {
-    let queues = Netns::of_task(init).and_then(|netns| ListenQueues::open(&netns)).map_err(InspectError::from)?;
-    // What can't be asked is left to CRIU, which refuses by name.
-    let waiting = || queues.any_waiting().unwrap_or(false);
-    for attempt in 1.. {
-        let start = Instant::now();
-        while waiting() && start.elapsed() < ACCEPT_WAIT {
-            std::thread::sleep(Duration::from_micros(200));
-        }
-        freezer.freeze()?;
-        std::thread::sleep(LAST_ACKS);
-        for port in ports {
-            port.part().map_err(InspectError::from)?;
-        }
-        if attempt == QUIESCE_TRIES || !waiting() {
-            break;
-        }
-        tracing::debug!(attempt, "a connection waits to be accepted: the container goes on for a moment");
-        for port in ports {
-            port.join().map_err(InspectError::from)?;
-        }
-        freezer.thaw()?;
-    }
-    Ok(())
-}
-
 /// Nothing in the container runs.
 struct Frozen {
     prepared: Prepared,
@@ -511,6 +473,8 @@ impl Frozen {
         let finish = Arc::new(AtomicBool::new(false));
         let (messages, receiver) = mpsc::channel(IMAGE_QUEUE);
         let (dir, migration, flag) = (images_dir(&trip.dir), trip.migration.clone(), finish.clone());
+        // Also when this is cut short: the sending thread must not wait for images for ever.
+        let _finish_at_the_end = FinishOnDrop(finish.clone());
         let sender = tokio::task::spawn_blocking(move || ImageSender::new(&dir, &migration, messages, flag)?.run());
         let start = Instant::now();
         let dump = async {
@@ -532,9 +496,8 @@ impl Frozen {
             trip.step("rootfs-delta", start.elapsed());
             Ok::<Round, MigrationError>(round?)
         };
-        let (dumped, sent, round) = tokio::join!(dump, images, files);
-        dumped?;
-        let (sent, mut round) = (sent?, round?);
+        // The first failure ends all three: with a destination that is gone, the container must not stay frozen for the rest.
+        let ((), sent, mut round) = tokio::try_join!(dump, images, files)?;
         if made_links(&trip.dir) {
             // CRIU linked unlinked files back into the tree for the restore: they have to be there, too.
             let links = trees.push(peer, &trip.migration, Pass::Last).await?;
@@ -545,6 +508,15 @@ impl Frozen {
             report.rootfs_passes = trees.passes();
         });
         Ok(Saved { frozen: self, sent })
+    }
+}
+
+/// Tells the thread that sends images that no more will come.
+struct FinishOnDrop(Arc<AtomicBool>);
+
+impl Drop for FinishOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 
@@ -679,10 +651,13 @@ impl Committed {
         };
         let live = &self.prepared.inspection.live;
         // Killed while frozen, so that none runs another instruction; gone once thawed.
-        for pid in live.freezer.tasks()? {
+        // No step below can fail the migration any more: the container runs at the destination.
+        for pid in live.freezer.tasks().unwrap_or_default() {
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
         }
-        live.freezer.thaw()?;
+        if let Err(error) = live.freezer.thaw() {
+            tracing::warn!(%error, "can't thaw what was killed");
+        }
         if let Some(checkpoint) = checkpoint {
             checkpoint.kill().await;
         }

@@ -190,7 +190,7 @@ fn set_sysctls(sysctls: &BTreeMap<String, String>) {
     for (name, value) in sysctls {
         let path = format!("/proc/sys/{}", name.replace('.', "/"));
         if let Err(error) = std::fs::write(&path, value) {
-            tracing::warn!(sysctl = name, value, %error, "this host's kernel does not take a network setting of the container");
+            tracing::info!(sysctl = name, value, %error, "this host's kernel does not take a network setting of the container");
         }
     }
 }

@@ -210,6 +210,25 @@ fn scope_of(word: &str) -> Option<Scope> {
     }
 }
 
+/// What a namespace holds that is not rebuilt, by name.
+pub fn not_rebuilt(netns: &Netns) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut nft = std::process::Command::new("nft");
+    nft.args(["list", "tables"]).stderr(std::process::Stdio::null());
+    if let Ok(output) = crate::sys::InNetns::in_netns(&mut nft, netns.as_fd()).output() {
+        let tables = String::from_utf8_lossy(&output.stdout).into_owned();
+        found.extend(tables.lines().map(|line| format!("firewall {line}")));
+    }
+    // A new namespace has three rules for IPv4 and two for IPv6.
+    for (family, usual) in [("-4", 3), ("-6", 2)] {
+        let rules: Vec<serde_json::Value> = ask(Some(netns), &[family, "-j", "rule", "show"]).unwrap_or_default();
+        if rules.len() > usual {
+            found.push(format!("{} policy routing rules (`ip {family} rule`)", rules.len() - usual));
+        }
+    }
+    found
+}
+
 /// A route that has to be made again; nothing for those the kernel makes with addresses.
 fn route_of(route: IpRoute, family: &str) -> Result<Option<Route>, NetError> {
     const PROTO_KERNEL: &str = "2";
@@ -249,8 +268,16 @@ fn route_of(route: IpRoute, family: &str) -> Result<Option<Route>, NetError> {
 fn changed_sysctls(netns: &Netns) -> Result<BTreeMap<String, String>, NetError> {
     let theirs = netns.enter(read_sysctls)?;
     let fresh = Netns::create()?.enter(read_sysctls)?;
-    // Interfaces inherit `default` when they are made, so `default` and `all` carry over; per-interface values follow.
-    Ok(theirs.into_iter().filter(|(name, value)| fresh.get(name).is_some_and(|other| other != value)).collect())
+    Ok(theirs.into_iter().filter(|(name, value)| usual(&fresh, name).is_some_and(|other| other != value)).collect())
+}
+
+/// The value a setting has in a new namespace: an interface's is that of `default` there.
+fn usual<'a>(fresh: &'a BTreeMap<String, String>, name: &str) -> Option<&'a String> {
+    fresh.get(name).or_else(|| {
+        let (family, rest) = name.split_once(".conf.")?;
+        let (_, setting) = rest.rsplit_once('.')?;
+        fresh.get(&format!("{family}.conf.default.{setting}"))
+    })
 }
 
 fn read_sysctls() -> BTreeMap<String, String> {
@@ -263,7 +290,7 @@ fn read_sysctls() -> BTreeMap<String, String> {
 
 fn collect_sysctls(dir: &Path, prefix: &str, depth: usize, found: &mut BTreeMap<String, String>) {
     /// Entries that are not settings: state, secrets, or one-shot commands.
-    const SKIPPED: [&str; 5] = ["neigh", "flush", "stable_secret", "route", "conf"];
+    const SKIPPED: [&str; 5] = ["neigh", "flush", "stable_secret", "route", "mc_forwarding"];
     if depth > 2 {
         return;
     }

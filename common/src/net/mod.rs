@@ -21,7 +21,7 @@ use thiserror::Error;
 pub use announce::Announcer;
 pub use backlog::ListenQueues;
 pub use build::{BuiltNamespace, addresses_in_use, build};
-pub use describe::{Described, describe, neighbours};
+pub use describe::{Described, describe, neighbours, not_rebuilt};
 
 use crate::sys::{BridgePort, InNetns, PortState, bridge_port, set_port_state};
 

@@ -25,6 +25,10 @@ use crate::config::TlsFiles;
 
 /// How long a connection and its handshake may take.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// How often a peer is asked whether it is there.
+const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(1);
+/// How long it may take to answer: longer than a busy machine keeps a thread waiting. A peer that hangs is then gone.
+const KEEP_ALIVE_DEADLINE: Duration = Duration::from_secs(5);
 /// HTTP/2 flow control windows, in bytes: the receiver of a migration must never be the one that waits
 /// (64 KiB, the default, cost a factor of twenty on loopback).
 pub const WINDOW_BYTES: u32 = 64 << 20;
@@ -189,6 +193,9 @@ pub async fn connect(identity: &Identity, peer: &PeerAddress) -> Result<Channel,
     });
     Endpoint::from_static("http://longhaul.invalid")
         .connect_timeout(CONNECT_DEADLINE)
+        .http2_keep_alive_interval(KEEP_ALIVE_EVERY)
+        .keep_alive_timeout(KEEP_ALIVE_DEADLINE)
+        .keep_alive_while_idle(true)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
         .connect_with_connector(connector)

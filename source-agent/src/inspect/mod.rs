@@ -122,7 +122,8 @@ pub async fn inspect(
         .map_err(|source| InspectError::File { path: config_path.clone(), source })?;
     let oci: Value =
         serde_json::from_str(&text).map_err(|source| InspectError::Config { path: config_path, source })?;
-    let rootfs = rootfs::find(&oci, &bundle, digests)?;
+    // It may have to read gigabytes of layers: other migrations' heartbeats must go on.
+    let rootfs = tokio::task::block_in_place(|| rootfs::find(&oci, &bundle, digests))?;
     let volumes = mounts::examine(&oci, state.pid, options, &mut obstacles)?;
     let freezer = match config.engine.runtime().cgroup(id).and_then(Freezer::at) {
         Some(freezer) => freezer,
@@ -175,6 +176,13 @@ fn network(
             "network namespace",
             format!("task {other}, which is not of this container, uses it too"),
             "containers that share a network can't be moved one by one: give each its own, or end the other",
+        ));
+    }
+    for what in net::not_rebuilt(&netns) {
+        obstacles.push(Obstacle::new(
+            format!("network namespace: {what}"),
+            "it is set up inside the container's own network and would be missing on the destination",
+            "remove it, or set it up on the host's side of the container's interface",
         ));
     }
     match net::describe(&netns) {
