@@ -11,12 +11,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use longhaul_common::config::DestConfig;
+use longhaul_common::criu::hold::{HoldEvent, HoldListener};
 use longhaul_common::criu::keep_logs;
 use longhaul_common::description::Description;
 use longhaul_common::journal::{Journal, JournalError};
 use longhaul_common::layers::LayerDigests;
 use longhaul_common::leftovers::end_restore;
-use longhaul_common::net::Neighbour;
+use longhaul_common::net::{Neighbour, Port};
 use longhaul_common::tree::{TreeError, TreeItem, Writer};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -26,7 +27,7 @@ use crate::images::{ImageError, ImageWriter};
 use crate::one_file::{OneFile, OneFileError};
 use crate::preflight::Findings;
 use crate::restore::{Armed, RestoreError, hold_socket};
-use crate::staging::{Made, Staging, StagingError, Target, layer_store, undo};
+use crate::staging::{Made, Staging, StagingError, Target, layer_store, settle_run, undo};
 use crate::timerfd::{TimerfdError, rearm_expired};
 
 /// A step that failed, or was not due.
@@ -115,6 +116,9 @@ pub struct Record {
     pub phase: RecordPhase,
     /// What was made for it.
     pub made: Made,
+    /// The host's ends of its interfaces: name, index, bridge. Of a committed one, to be put on their bridges.
+    #[serde(default)]
+    pub ports: Vec<(String, u32, String)>,
 }
 
 /// How long the end of a migration is remembered: a source in doubt asks within minutes, or its host was down for days.
@@ -228,7 +232,12 @@ impl Arrival {
     }
 
     fn record(&self, phase: RecordPhase, made: Made) -> Result<(), JournalError> {
-        let record = Record { container: self.container.id.clone(), epoch: self.epoch, phase, made };
+        self.record_with_ports(phase, made, &[])
+    }
+
+    fn record_with_ports(&self, phase: RecordPhase, made: Made, ports: &[Port]) -> Result<(), JournalError> {
+        let ports = ports.iter().map(|port| (port.name.clone(), port.index, port.bridge.clone())).collect();
+        let record = Record { container: self.container.id.clone(), epoch: self.epoch, phase, made, ports };
         self.journal.write(&self.migration, &record)
     }
 
@@ -330,7 +339,8 @@ impl Arrival {
         };
         let mut timings = Timings::new();
         let start = Instant::now();
-        if let Err(error) = self.record(RecordPhase::Committed, staging.made.clone()) {
+        let ports = staging.network.as_ref().map(|network| network.ports.as_slice()).unwrap_or_default();
+        if let Err(error) = self.record_with_ports(RecordPhase::Committed, staging.made.clone(), ports) {
             armed.kill().await;
             self.clean(staging).await;
             return Err(error.into());
@@ -491,13 +501,48 @@ fn out_of_turn(got: &'static str, expected: &'static str, state: &State) -> Arri
     ArrivalError::OutOfTurn { got, state: state.name(), expected }
 }
 
+/// Goes on with a commit that was cut off: the container is this host's, and CRIU may still hold it before its first
+/// instruction.
+async fn resume_committed(migration: &str, record: &Record) {
+    if !record.made.run.exists() {
+        return;
+    }
+    match HoldListener::bind(&hold_socket(&record.made.run)) {
+        Err(error) => tracing::error!(migration, %error, "can't look for a container that waits to be resumed"),
+        Ok(listener) => {
+            if let Ok(Ok(mut held)) = tokio::time::timeout(HOLD_RECONNECTS, listener.accept()).await {
+                for (name, index, bridge) in record.ports.clone() {
+                    if let Err(error) = (Port { name, index, bridge }).join() {
+                        tracing::error!(migration, %error, "the container's port is not on its bridge: add it by hand");
+                    }
+                }
+                while let Ok(HoldEvent::Waiting { .. }) = held.next().await {
+                    if held.verdict(true).await.is_err() {
+                        break;
+                    }
+                }
+                tracing::warn!(migration, container = record.container, "resumed a container whose commit was cut off");
+            }
+        }
+    }
+    settle_run(&record.made);
+}
+
+/// How long a hold may take to find a new agent: it looks every 50 ms.
+const HOLD_RECONNECTS: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// At the agent's start: what an earlier life left half-done is taken away; what is committed stays.
 pub async fn recover(config: &DestConfig, journal: &Journal) {
     journal.prune(REMEMBERED, |record: &Record| record.phase != RecordPhase::Arriving);
     let runtime = config.engine.runtime();
     for (migration, mut record) in journal.all::<Record>() {
-        if record.phase != RecordPhase::Arriving {
-            continue;
+        match record.phase {
+            RecordPhase::Arriving => {}
+            RecordPhase::Committed => {
+                resume_committed(&migration, &record).await;
+                continue;
+            }
+            RecordPhase::Aborted => continue,
         }
         tracing::warn!(migration, container = record.container, "undoing an arrival that was cut off");
         end_restore(&hold_socket(&record.made.run), &runtime.state_dir(&record.container));

@@ -206,6 +206,7 @@ impl Peer for PeerService {
                     epoch: asked.epoch,
                     phase: RecordPhase::Aborted,
                     made: crate::staging::Made::default(),
+                    ports: Vec::new(),
                 };
                 // Durable before it is said: this epoch is refused from now on.
                 self.journal.write(&asked.migration_id, &record).map_err(|error| Status::unavailable(chain(&error)))?;

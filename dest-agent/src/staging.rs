@@ -310,6 +310,15 @@ pub fn undo(made: &Made) {
     remove_run(&made.run);
 }
 
+/// Clears what the way of a container that stays needed, after its agent was killed.
+pub fn settle_run(made: &Made) {
+    unmount(&made.run.join("root"));
+    remove_run(&made.run);
+    if let Some(bundle) = made.paths.first() {
+        Moved::clear(bundle);
+    }
+}
+
 /// Removes the memory directory, but never through a bind mount that would not go: behind it is a root filesystem.
 fn remove_run(run: &Path) {
     let bind = run.join("root");
