@@ -16,9 +16,6 @@ use crate::criu::hold::SOCKET_ENV;
 /// How long killed tasks may take to go.
 const GONE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// How long CRIU may go on saving before it notices: gigabytes of memory take seconds.
-const CHECKPOINT_DEADLINE: Duration = Duration::from_secs(60);
-
 /// Ends every process that was started for the migration whose hold listens at `socket`, with the tasks of the cgroup
 /// they were restored into, and removes that cgroup.
 ///
@@ -58,18 +55,9 @@ pub fn end_restore(socket: &Path, runtime_dir: &Path) {
     }
 }
 
-/// Ends the checkpoint whose hold listens at `socket`, in a way that leaves the container's tasks whole.
-///
-/// Only the hold is killed. CRIU, with code of its own in the tasks, must not be: it finds its peer gone at its next
-/// notification, takes back what it did, and ends.
-pub fn end_checkpoint(socket: &Path) {
-    for pid in processes_of(socket) {
-        let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-        if exe.to_string_lossy().trim_end_matches(" (deleted)").ends_with("longhaul-criu") {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-        }
-    }
-    wait_gone(|| processes_of(socket).iter().any(|pid| is_alive(*pid)), CHECKPOINT_DEADLINE);
+/// Whether a process that was started for the migration whose hold listens at `socket` is still there.
+pub fn is_running(socket: &Path) -> bool {
+    processes_of(socket).into_iter().any(is_alive)
 }
 
 /// Waits until something is no longer so. Those waited for are no children of ours: nobody tells when they are gone.

@@ -8,6 +8,7 @@
 pub mod cgroup;
 pub mod config;
 pub mod criu;
+pub mod daemon;
 pub mod description;
 pub mod host;
 pub mod journal;

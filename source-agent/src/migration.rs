@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use longhaul_common::cgroup::CgroupError;
 use longhaul_common::config::SourceConfig;
 use longhaul_common::criu::keep_logs;
+use longhaul_common::description::Network;
 use longhaul_common::host::{Capabilities, compare};
 use longhaul_common::journal::{Journal, JournalError};
 use longhaul_common::layers::LayerDigests;
@@ -153,12 +154,10 @@ pub async fn resume_in_doubt(env: Arc<Env>, job: Arc<Job>, address: PeerAddress,
         tokio::time::sleep(ASK_AGAIN).await;
     };
     if outcome == Outcome::Moved {
-        let done = record.clone();
-        let _ = tokio::task::spawn_blocking(move || record::end(&done)).await;
+        record::end(&record).await;
         retire(&env.config.engine.runtime(), &record.description, &migration, &record.to).await;
     } else {
-        let done = record.clone();
-        let _ = tokio::task::spawn_blocking(move || record::let_go(&done)).await;
+        record::let_go(&record).await;
     }
     let _ = std::fs::remove_dir_all(&record.dir);
     env.journal.remove(&migration);
@@ -426,7 +425,8 @@ impl Synced {
         }));
         let externals = Externals {
             keys,
-            own_network_lock: !live.ports.is_empty(),
+            // With every interface's other end in our hands, or no interface at all.
+            own_network_lock: matches!(prepared.inspection.description.network, Network::Own { .. }),
             single_cgroup: prepared.inspection.description.single_cgroup,
         };
         let armed = Armed::start(&trip.env.config.engine, &trip.container, &trip.dir, &externals).await?;

@@ -1,11 +1,13 @@
 //! What a source agent must know after it was killed, and what it does then.
 
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use longhaul_common::cgroup::Freezer;
+use longhaul_common::criu::hold::HoldListener;
 use longhaul_common::description::Description;
 use longhaul_common::journal::Journal;
-use longhaul_common::leftovers::end_checkpoint;
+use longhaul_common::leftovers::is_running;
 use longhaul_common::net::Port;
 use serde::{Deserialize, Serialize};
 
@@ -43,7 +45,7 @@ pub enum RecordPhase {
 }
 
 /// At the agent's start: thaws what an earlier life left frozen and still owned. Returns what is in doubt.
-pub fn recover(journal: &Journal) -> Vec<(String, Record)> {
+pub async fn recover(journal: &Journal) -> Vec<(String, Record)> {
     let mut in_doubt = Vec::new();
     for (migration, record) in journal.all::<Record>() {
         match record.phase {
@@ -61,7 +63,7 @@ pub fn recover(journal: &Journal) -> Vec<(String, Record)> {
                     container = record.container,
                     "thawing a container that a killed agent left frozen"
                 );
-                let_go(&record);
+                let_go(&record).await;
                 let _ = std::fs::remove_dir_all(&record.dir);
                 journal.remove(&migration);
             }
@@ -70,8 +72,39 @@ pub fn recover(journal: &Journal) -> Vec<(String, Record)> {
     in_doubt
 }
 
+/// How long CRIU may go on saving before it reaches its next notification: gigabytes of memory take seconds.
+const CHECKPOINT_DEADLINE: Duration = Duration::from_secs(60);
+/// How long one look for the hold takes: it looks for its agent every 50 ms.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Has the checkpoint of an agent that was killed fail. The hold finds this agent and passes the refusal on, so that CRIU
+/// takes its code out of the tasks and their sockets out of repair mode: a CRIU that was killed would leave both.
+async fn end_checkpoint(record: &Record) {
+    let socket = hold_socket(&record.dir);
+    let listener = match HoldListener::bind(&socket) {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(%error, "can't reach a CRIU that may be waiting");
+            return;
+        }
+    };
+    let end = Instant::now() + CHECKPOINT_DEADLINE;
+    // Kept until it has ended: a hold whose agent goes away again would look for it again.
+    let mut holds = Vec::new();
+    while is_running(&socket) {
+        if Instant::now() > end {
+            tracing::error!(container = record.container, "the checkpoint of a killed agent does not end");
+            return;
+        }
+        if let Ok(Ok(mut held)) = tokio::time::timeout(LOOK, listener.accept()).await {
+            let _ = held.refuse().await;
+            holds.push(held);
+        }
+    }
+}
+
 /// Ends a container that the destination has taken: killed while frozen, so that none of its tasks runs again.
-pub fn end(record: &Record) {
+pub async fn end(record: &Record) {
     if let Some(freezer) = Freezer::at(record.cgroup.clone()) {
         for pid in freezer.tasks().unwrap_or_default() {
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
@@ -80,13 +113,13 @@ pub fn end(record: &Record) {
             tracing::warn!(%error, container = record.container, "can't thaw what was killed");
         }
     }
-    end_checkpoint(&hold_socket(&record.dir));
+    end_checkpoint(record).await;
 }
 
 /// Has CRIU take back what it did, puts the container back on its network and lets it run.
-pub fn let_go(record: &Record) {
+pub async fn let_go(record: &Record) {
     // First: CRIU leaves the cgroup as frozen as it found it.
-    end_checkpoint(&hold_socket(&record.dir));
+    end_checkpoint(record).await;
     for (name, index, bridge) in &record.ports {
         let port = Port { name: name.clone(), index: *index, bridge: bridge.clone() };
         if let Err(error) = port.join() {

@@ -250,6 +250,11 @@ impl Held {
         self.write(ToHold { verdict: Some(go_on), ..ToHold::default() }).await
     }
 
+    /// Ends it wherever it is: before its request it is cancelled, at an event CRIU fails and takes back what it did.
+    pub async fn refuse(&mut self) -> Result<(), HoldError> {
+        self.write(ToHold { cancel: true, verdict: Some(false), ..ToHold::default() }).await
+    }
+
     /// Waits for CRIU's next held moment or its end.
     pub async fn next(&mut self) -> Result<HoldEvent, HoldError> {
         let message = self.read().await?;

@@ -214,10 +214,15 @@ fn scope_of(word: &str) -> Option<Scope> {
 pub fn not_rebuilt(netns: &Netns) -> Vec<String> {
     let mut found = Vec::new();
     let mut nft = std::process::Command::new("nft");
-    nft.args(["list", "tables"]).stderr(std::process::Stdio::null());
+    nft.args(["-j", "list", "ruleset"]).stderr(std::process::Stdio::null());
     if let Ok(output) = crate::sys::InNetns::in_netns(&mut nft, netns.as_fd()).output() {
-        let tables = String::from_utf8_lossy(&output.stdout).into_owned();
-        found.extend(tables.lines().map(|line| format!("firewall {line}")));
+        // Tables and chains without a rule do nothing; listing iptables alone makes some.
+        let set: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let rules =
+            set["nftables"].as_array().into_iter().flatten().filter(|entry| entry.get("rule").is_some()).count();
+        if rules > 0 {
+            found.push(format!("{rules} firewall rules"));
+        }
     }
     // A new namespace has three rules for IPv4 and two for IPv6.
     for (family, usual) in [("-4", 3), ("-6", 2)] {

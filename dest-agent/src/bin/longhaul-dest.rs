@@ -8,13 +8,13 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Parser;
 use longhaul_common::config::{self, DestConfig};
+use longhaul_common::daemon::{say_ready, told_to_end};
 use longhaul_common::journal::Journal;
 use longhaul_common::telemetry;
 use longhaul_common::tls::{FRAME_BYTES, Identity, TlsIncoming, WINDOW_BYTES};
 use longhaul_dest::arrival;
 use longhaul_dest::service::PeerService;
 use tokio::net::TcpSocket;
-use tokio::signal::unix::{SignalKind, signal};
 
 /// How long migrations may go on after the agent was told to end.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(20);
@@ -72,7 +72,7 @@ async fn run(cli: &Cli) -> Result<()> {
             }
         });
     tracing::info!(listen = %config.listen, allow = ?config.allow, "ready");
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    say_ready();
     tokio::select! {
         served = server => served.context("serve")?,
         () = async { told_to_end().await; tokio::time::sleep(SHUTDOWN_DEADLINE).await } => {
@@ -90,16 +90,4 @@ fn bind(address: std::net::SocketAddr) -> std::io::Result<TcpSocket> {
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     Ok(socket)
-}
-
-async fn told_to_end() {
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Parser;
 use longhaul_common::config::{self, SourceConfig};
+use longhaul_common::daemon::{say_ready, told_to_end};
 use longhaul_common::host::Capabilities;
 use longhaul_common::journal::Journal;
 use longhaul_common::layers::LayerDigests;
@@ -19,7 +20,6 @@ use longhaul_source::migration::Env;
 use longhaul_source::record;
 use longhaul_source::service::AgentService;
 use tokio::net::UnixListener;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 
 /// How long migrations that have committed may take to end after the agent was told to.
@@ -54,7 +54,7 @@ async fn run(cli: &Cli) -> Result<()> {
     std::fs::create_dir_all(&config.paths.run).with_context(|| format!("create {}", config.paths.run.display()))?;
     let memory = longhaul_common::memory_dir::mount(&config.paths.run.join("source"))?;
     let journal = Journal::open(config.paths.state.join("source"))?;
-    let in_doubt = record::recover(&journal);
+    let in_doubt = record::recover(&journal).await;
     let socket = config.socket.clone().unwrap_or_else(|| config::AGENT_SOCKET.into());
     let env = Arc::new(Env {
         capabilities: Capabilities::of_this_host(&config.engine),
@@ -77,7 +77,7 @@ async fn run(cli: &Cli) -> Result<()> {
             }
         });
     tracing::info!(socket = %socket.display(), "ready");
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    say_ready();
     tokio::select! {
         served = server => served.context("serve")?,
         () = async { told_to_end().await; tokio::time::sleep(SHUTDOWN_DEADLINE).await } => {
@@ -104,16 +104,4 @@ fn listen(socket: &Path) -> Result<UnixListener> {
     let listener = UnixListener::bind(socket).with_context(|| format!("listen at {}", socket.display()))?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
-}
-
-async fn told_to_end() {
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
 }
