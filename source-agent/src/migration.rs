@@ -661,6 +661,12 @@ impl Committed {
         if let Some(checkpoint) = checkpoint {
             checkpoint.kill().await;
         }
+        // The namespace would take them along, but only some time after its last task.
+        for port in &live.ports {
+            if let Err(error) = port.remove() {
+                tracing::debug!(%error, "the interface was gone already");
+            }
+        }
         let runtime = trip.env.config.engine.runtime();
         retire(&runtime, &self.prepared.inspection.description, &trip.migration, &trip.address.host).await;
         trip.env.journal.remove(&trip.migration);

@@ -118,7 +118,7 @@ fn tidy(host: &Host) -> Result<()> {
 fn must_be_clean(host: &Host) -> Result<()> {
     let script = r#"
         # A namespace's interfaces go some time after its last task.
-        for try in 1 2 3 4 5 6 7 8 9 10; do
+        for try in $(seq 100); do
             ip -o link show type veth | grep -v ' eth0@' >/dev/null || break
             sleep 0.05
         done
