@@ -78,7 +78,7 @@ impl Lab {
         }
         let image = Image::ensure()?;
         fs::create_dir_all(STATE_DIR)?;
-        let (read, write) = nix::unistd::pipe().context("make the lifeline")?;
+        let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("make the lifeline")?;
         let mut lab = Self {
             name: name.to_owned(),
             hosts: Vec::new(),
