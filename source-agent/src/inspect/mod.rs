@@ -202,15 +202,19 @@ fn network(
 /// A task outside the container that is in its network namespace.
 fn other_user(inode: u64, freezer: &Freezer) -> Option<i32> {
     let wanted = format!("net:[{inode}]");
+    let is_inside = |pid: &i32| {
+        std::fs::read_link(format!("/proc/{pid}/ns/net")).is_ok_and(|link| link.as_os_str() == wanted.as_str())
+    };
     let entries = std::fs::read_dir("/proc").ok()?;
     entries
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-        .filter(|pid| {
-            std::fs::read_link(format!("/proc/{pid}/ns/net")).is_ok_and(|link| link.as_os_str() == wanted.as_str())
-        })
+        .filter(is_inside)
         // Asked now and not of a list: tasks come and go while we look.
-        .find(|pid| !freezer.contains(*pid) && Path::new(&format!("/proc/{pid}")).exists())
+        .filter(|pid| !freezer.contains(*pid))
+        // A task that exits leaves its namespaces before its cgroup (do_exit), so one of the container's own that
+        // died between the two looks above is in no namespace any more.
+        .find(is_inside)
 }
 
 fn disk_bytes(description: &Description) -> u64 {
