@@ -19,6 +19,9 @@ pub struct JournalError {
     source: io::Error,
 }
 
+/// The extension of a record that is being written.
+const PARTIAL: &str = "partial";
+
 /// A directory of records.
 #[derive(Debug, Clone)]
 pub struct Journal {
@@ -29,6 +32,12 @@ impl Journal {
     /// The journal in `dir`, made if it is missing.
     pub fn open(dir: PathBuf) -> Result<Self, JournalError> {
         fs::create_dir_all(&dir).map_err(|source| JournalError { operation: "create", path: dir.clone(), source })?;
+        // What a killed agent was about to write never took effect.
+        for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
+            if entry.path().extension().is_some_and(|extension| extension == PARTIAL) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
         Ok(Self { dir })
     }
 
@@ -39,7 +48,7 @@ impl Journal {
     }
 
     fn replace<T: Serialize>(&self, path: &Path, record: &T) -> io::Result<()> {
-        let partial = path.with_extension("partial");
+        let partial = path.with_extension(PARTIAL);
         let mut file = fs::File::create(&partial)?;
         file.write_all(&serde_json::to_vec(record)?)?;
         file.sync_all()?;

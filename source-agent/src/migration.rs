@@ -429,6 +429,8 @@ impl Synced {
             own_network_lock: matches!(prepared.inspection.description.network, Network::Own { .. }),
             single_cgroup: prepared.inspection.description.single_cgroup,
         };
+        // First on record: what is started now outlives an agent that is killed.
+        trip.record(&prepared.inspection, RecordPhase::Held)?;
         let armed = Armed::start(&trip.env.config.engine, &trip.container, &trip.dir, &externals).await?;
         let descriptors = armed.descriptors();
         trip.rollback.lock().await.checkpoint = Some(armed);
@@ -444,7 +446,6 @@ struct Ready(Prepared);
 impl Ready {
     async fn freeze(self, trip: &Trip) -> Result<Frozen, MigrationError> {
         let Self(prepared) = self;
-        trip.record(&prepared.inspection, RecordPhase::Frozen)?;
         let at = Instant::now();
         let mut rollback = trip.rollback.lock().await;
         let live = &prepared.inspection.live;

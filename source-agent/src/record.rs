@@ -38,8 +38,8 @@ pub struct Record {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RecordPhase {
-    /// Frozen, and this host's: thawed if the agent finds it at its start.
-    Frozen,
+    /// A checkpoint is held or the container is frozen, and it is this host's: let go if the agent finds it at its start.
+    Held,
     /// Given away, and not known whether taken: stays frozen until the destination answers.
     Committing,
 }
@@ -57,11 +57,11 @@ pub async fn recover(journal: &Journal) -> Vec<(String, Record)> {
                 );
                 in_doubt.push((migration, record));
             }
-            RecordPhase::Frozen => {
+            RecordPhase::Held => {
                 tracing::warn!(
                     migration,
                     container = record.container,
-                    "thawing a container that a killed agent left frozen"
+                    "letting a container go that a killed agent left held"
                 );
                 let_go(&record).await;
                 let _ = std::fs::remove_dir_all(&record.dir);

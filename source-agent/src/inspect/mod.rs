@@ -202,20 +202,29 @@ fn network(
 /// A task outside the container that is in its network namespace.
 fn other_user(inode: u64, freezer: &Freezer) -> Option<i32> {
     let wanted = format!("net:[{inode}]");
-    let is_inside = |pid: &i32| {
+    let is_inside = |pid: i32| {
         std::fs::read_link(format!("/proc/{pid}/ns/net")).is_ok_and(|link| link.as_os_str() == wanted.as_str())
+    };
+    // A task at its birth is in no cgroup of its own for a moment (`cgroup_post_fork` comes after it is visible), and one
+    // at its end leaves its namespaces before its cgroup (do_exit): only who is still outside after a while is foreign.
+    let is_foreign = |pid: i32| {
+        (0..FOREIGN_LOOKS).all(|look| {
+            if look > 0 {
+                std::thread::sleep(FOREIGN_LOOK_AGAIN);
+            }
+            is_inside(pid) && !freezer.contains(pid)
+        })
     };
     let entries = std::fs::read_dir("/proc").ok()?;
     entries
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-        .filter(is_inside)
-        // Asked now and not of a list: tasks come and go while we look.
-        .filter(|pid| !freezer.contains(*pid))
-        // A task that exits leaves its namespaces before its cgroup (do_exit), so one of the container's own that
-        // died between the two looks above is in no namespace any more.
-        .find(is_inside)
+        .find(|pid| is_foreign(*pid))
 }
+
+/// Looks at a task that seems to be another user of the network, and the pause between them.
+const FOREIGN_LOOKS: u32 = 10;
+const FOREIGN_LOOK_AGAIN: std::time::Duration = std::time::Duration::from_millis(5);
 
 fn disk_bytes(description: &Description) -> u64 {
     let root = match &description.rootfs {
