@@ -130,8 +130,10 @@ pub struct EngineConfig {
     pub criu: PathBuf,
     /// Longhaul's stand-in for CRIU.
     pub hold: PathBuf,
-    /// The library preloaded into CRIU where the agent lacks a capability.
+    /// The library preloaded into CRIU: it leaves out pages that are sent beside it.
     pub filter: PathBuf,
+    /// The program that fills in a restored container's memory.
+    pub fill: PathBuf,
 }
 
 impl Default for EngineConfig {
@@ -142,6 +144,7 @@ impl Default for EngineConfig {
             criu: "/usr/sbin/criu".into(),
             hold: "/usr/local/libexec/longhaul/longhaul-criu".into(),
             filter: "/usr/local/libexec/longhaul/liblonghaul_criu_filter.so".into(),
+            fill: "/usr/local/libexec/longhaul/longhaul-fill".into(),
         }
     }
 }
@@ -163,10 +166,10 @@ impl Default for Paths {
 }
 
 impl EngineConfig {
-    /// The environment CRIU is started with: the filter, where this agent has no `CAP_SYS_RESOURCE`, without which CRIU
-    /// can't read the limits of a task that is not root's.
+    /// The environment CRIU is started with for a checkpoint: the library, which leaves out pages and reads the limits of
+    /// other users' tasks where this agent has no `CAP_SYS_RESOURCE`.
     pub fn criu_environment(&self) -> Vec<String> {
-        if crate::host::may_read_limits() || !self.filter.is_file() {
+        if !self.filter.is_file() {
             return Vec::new();
         }
         vec![format!("LD_PRELOAD={}", self.filter.display())]

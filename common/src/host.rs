@@ -80,14 +80,6 @@ impl Capabilities {
     }
 }
 
-/// Whether this process may read the resource limits of any task: `CAP_SYS_RESOURCE`, number 24 (linux/capability.h).
-pub fn may_read_limits() -> bool {
-    const CAP_SYS_RESOURCE: u64 = 1 << 24;
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let effective = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
-    effective.is_some_and(|set| set & CAP_SYS_RESOURCE != 0)
-}
-
 /// The version `criu --version` prints.
 fn criu_version(criu: &Path) -> Option<CriuVersion> {
     let output = Command::new(criu).arg("--version").output().ok()?;

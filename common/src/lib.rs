@@ -18,6 +18,7 @@ pub mod memory_dir;
 pub mod moved;
 pub mod net;
 pub mod obstacle;
+pub mod pages;
 pub mod runtime;
 #[allow(unsafe_code, reason = "system calls no library wraps")]
 pub mod sys;

@@ -16,19 +16,24 @@ use longhaul_common::criu::keep_logs;
 use longhaul_common::description::Description;
 use longhaul_common::journal::{Journal, JournalError};
 use longhaul_common::layers::LayerDigests;
-use longhaul_common::leftovers::end_restore;
+use longhaul_common::leftovers::{end_restore, is_running};
 use longhaul_common::net::{Neighbour, Port};
 use longhaul_common::tree::{TreeError, TreeItem, Writer};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::sync::Mutex;
+use tracing::Instrument;
 
+use crate::image_entries::EntriesError;
 use crate::images::{ImageError, ImageWriter};
+use crate::memory::receive::{Memory, ReceiveError, SharedMemory, finish, stored_bytes};
+use crate::memory::store::PageStore;
 use crate::one_file::{OneFile, OneFileError};
+use crate::pagemap::restore_from_images;
 use crate::preflight::Findings;
-use crate::restore::{Armed, RestoreError, hold_socket};
-use crate::staging::{Made, Staging, StagingError, Target, layer_store, settle_run, undo};
-use crate::timerfd::{TimerfdError, rearm_expired};
+use crate::restore::{Armed, MemoryFrom, RestoreError, hold_socket};
+use crate::staging::{Made, Staging, StagingError, Target, clear_run, layer_store, settle_run, undo};
+use crate::timerfd::rearm_expired;
 
 /// A step that failed, or was not due.
 #[derive(Debug, Error)]
@@ -85,9 +90,12 @@ pub enum ArrivalError {
     /// The restore.
     #[error(transparent)]
     Restore(#[from] RestoreError),
-    /// The timers' image.
+    /// An image that has to be changed.
     #[error(transparent)]
-    Timerfd(#[from] TimerfdError),
+    Entries(#[from] EntriesError),
+    /// Its memory.
+    #[error("the container's memory can't be taken")]
+    Memory(#[from] ReceiveError),
     /// The network switch.
     #[error(transparent)]
     Net(#[from] longhaul_common::net::NetError),
@@ -151,6 +159,7 @@ pub struct Arrival {
     pub peer: Vec<String>,
     config: Arc<DestConfig>,
     journal: Journal,
+    memory_limit: u64,
     state: Mutex<State>,
     writers: std::sync::Mutex<Writers>,
 }
@@ -162,6 +171,7 @@ struct Writers {
     targets: Vec<Option<Target>>,
     images_dir: PathBuf,
     images_arrived: Option<u64>,
+    memory: Option<SharedMemory>,
 }
 
 /// Writes what is pushed: a tree, or a file in place.
@@ -228,7 +238,9 @@ impl Arrival {
     ) -> Self {
         let staging = Staging::plan(&config.paths, &migration, &container, findings);
         let state = Mutex::new(State::Offered(Box::new(staging)));
-        Self { migration, epoch, container, peer, config, journal, state, writers: std::sync::Mutex::default() }
+        let memory_limit = findings.memory_limit;
+        let writers = std::sync::Mutex::default();
+        Self { migration, epoch, container, peer, config, journal, memory_limit, state, writers }
     }
 
     fn record(&self, phase: RecordPhase, made: Made) -> Result<(), JournalError> {
@@ -253,8 +265,17 @@ impl Arrival {
             staging.undo();
             return Err(error.into());
         }
+        let store = PageStore::create(&staging.pages(), self.memory_limit).map_err(ReceiveError::from);
+        let memory = match store {
+            Ok(store) => Memory::new(store),
+            Err(error) => {
+                staging.undo();
+                return Err(error.into());
+            }
+        };
         if let Ok(mut writers) = self.writers.lock() {
             writers.open = true;
+            writers.memory = Some(memory);
             writers.targets.clone_from(&staging.targets);
             writers.images_dir = staging.images();
         }
@@ -263,7 +284,12 @@ impl Arrival {
     }
 
     /// Starts the runtime's restore, which waits.
-    pub async fn arm(&self, descriptors: &[u8], neighbours: &[Neighbour]) -> Result<(), ArrivalError> {
+    pub async fn arm(
+        &self,
+        descriptors: &[u8],
+        neighbours: &[Neighbour],
+        from: MemoryFrom,
+    ) -> Result<(), ArrivalError> {
         let mut state = self.state.lock().await;
         let State::Staged(mut staging) = take(&mut state, |state| matches!(state, State::Staged(..))) else {
             return Err(out_of_turn("Arm", "it once, after Prepare", &state));
@@ -275,7 +301,7 @@ impl Arrival {
             if let Some(network) = &staging.network {
                 network.learn(neighbours)?;
             }
-            Ok(Armed::start(&self.config.engine, &self.container, &staging).await?)
+            Ok(Armed::start(&self.config.engine, &self.container, &staging, from).await?)
         };
         match armed.await {
             Ok(armed) => {
@@ -289,17 +315,25 @@ impl Arrival {
         }
     }
 
-    /// Restores the container, stopped and silent. All trees and images must have arrived.
-    pub async fn restore(&self, announced: u64) -> Result<Timings, ArrivalError> {
+    /// Restores the container, stopped and silent. All trees, images and, if `pages`, all memory must have arrived. Returns
+    /// also how many pages lie in the store.
+    pub async fn restore(&self, announced: u64, pages: bool) -> Result<(Timings, u64), ArrivalError> {
         let mut state = self.state.lock().await;
         let State::Armed(mut staging, mut armed) = take(&mut state, |state| matches!(state, State::Armed(..))) else {
             return Err(out_of_turn("Restore", "it once, after Arm", &state));
         };
-        let arrived = self.close_writers();
+        let (arrived, memory) = self.close_writers();
         let mut timings = Timings::new();
+        let mut stored = 0;
         let restored = async {
             if arrived != Some(announced) {
                 return Err(ArrivalError::Images { announced, arrived: arrived.unwrap_or(0) });
+            }
+            if pages {
+                restore_from_images(&staging.images())?;
+                let start = Instant::now();
+                stored = finish_memory(memory).await?;
+                timings.push(("page-index", start.elapsed()));
             }
             let start = Instant::now();
             staging.mount_root(&self.container)?;
@@ -314,7 +348,7 @@ impl Arrival {
         match restored.await {
             Ok(()) => {
                 *state = State::Stopped(staging, armed);
-                Ok(timings)
+                Ok((timings, stored))
             }
             Err(error) => {
                 armed.kill().await;
@@ -366,10 +400,21 @@ impl Arrival {
         }
         resumed?;
         let container = self.container.clone();
-        tokio::spawn(async move {
-            armed.finish().await;
+        let span = tracing::Span::current();
+        let rest = async move {
+            let filler = armed.finish().await;
+            let made = staging.made.clone();
             let _ = tokio::task::spawn_blocking(move || staging.settle(&container)).await;
-        });
+            if let Some(mut filler) = filler {
+                match filler.filled().await {
+                    Ok(()) => tracing::info!(ms = start.elapsed().as_millis(), "all memory is in place"),
+                    // Its store is all there is of the container's memory: nothing of it is removed.
+                    Err(error) => return tracing::error!(%error, "the container's memory is not complete"),
+                }
+            }
+            let _ = tokio::task::spawn_blocking(move || clear_run(&made)).await;
+        };
+        tokio::spawn(rest.instrument(span));
         Ok(timings)
     }
 
@@ -483,13 +528,34 @@ impl Arrival {
         writers.images_arrived = Some(count);
     }
 
-    /// Nothing more may be pushed; how many images have arrived.
-    fn close_writers(&self) -> Option<u64> {
+    /// Where pages go.
+    pub fn memory(&self) -> Result<SharedMemory, ArrivalError> {
+        let writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        writers.memory.clone().filter(|_| writers.open).ok_or(ReceiveError::NotDue.into())
+    }
+
+    /// Bytes set aside for memory that have not arrived yet.
+    pub fn outstanding_bytes(&self) -> u64 {
+        let writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let stored = writers.memory.as_ref().map_or(0, stored_bytes);
+        self.container.memory_bytes.saturating_sub(stored)
+    }
+
+    /// Nothing more may be pushed; how many images have arrived, and the memory.
+    fn close_writers(&self) -> (Option<u64>, Option<SharedMemory>) {
         let mut writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         writers.open = false;
         writers.trees.clear();
-        writers.images_arrived
+        (writers.images_arrived, writers.memory.take())
     }
+}
+
+/// Writes the indexes that the filler reads. The store's tables are not needed after that.
+async fn finish_memory(memory: Option<SharedMemory>) -> Result<u64, ArrivalError> {
+    let memory = memory.ok_or(ReceiveError::NotDue)?;
+    let finished = tokio::task::spawn_blocking(move || finish(&memory)).await;
+    let arrived = finished.map_err(std::io::Error::other).map_err(ReceiveError::from)??;
+    Ok(arrived.pages)
 }
 
 /// Takes the state out if it is the one a message is due in; otherwise it stays.
@@ -525,8 +591,18 @@ async fn resume_committed(migration: &str, record: &Record) {
             }
         }
     }
-    settle_run(&record.made);
+    // Its memory may still be on its way to it: the filler needs its store.
+    let made = record.made.clone();
+    tokio::spawn(async move {
+        while is_running(&hold_socket(&made.run)) {
+            tokio::time::sleep(FILLED_POLL).await;
+        }
+        let _ = tokio::task::spawn_blocking(move || settle_run(&made)).await;
+    });
 }
+
+/// How often it is looked whether the filler of an earlier life has ended: it is no child of this process.
+const FILLED_POLL: std::time::Duration = std::time::Duration::from_millis(500);
 
 /// How long a hold may take to find a new agent: it looks every 50 ms.
 const HOLD_RECONNECTS: std::time::Duration = std::time::Duration::from_secs(1);

@@ -6,8 +6,11 @@
 #![forbid(unsafe_code)]
 
 pub mod arrival;
+pub mod image_entries;
 pub mod images;
+pub mod memory;
 pub mod one_file;
+pub mod pagemap;
 pub mod preflight;
 pub mod restore;
 pub mod service;

@@ -25,15 +25,17 @@ pub struct Findings {
     pub layers: BTreeMap<String, std::path::PathBuf>,
     /// Digests of those it lacks.
     pub missing_layers: Vec<String>,
+    /// The most bytes of memory that may arrive.
+    pub memory_limit: u64,
 }
 
-/// Looks at everything a container needs here.
-pub async fn examine(config: &DestConfig, digests: &LayerDigests, container: &Description) -> Findings {
+/// Looks at everything a container needs here. `promised` is memory that other arrivals will still take, in bytes.
+pub async fn examine(config: &DestConfig, digests: &LayerDigests, container: &Description, promised: u64) -> Findings {
     let mut findings = Findings::default();
     let runtime = config.engine.runtime();
     identity(&runtime, container, &mut findings.obstacles).await;
     paths(container, &mut findings.obstacles);
-    memory(config, container, &mut findings.obstacles);
+    memory(config, container, promised, &mut findings);
     disk(config, container, &mut findings.obstacles);
     network(config, &runtime, container, &mut findings.obstacles).await;
     // It may have to read gigabytes: the connection's own task must go on.
@@ -96,19 +98,32 @@ pub fn written_paths(container: &Description) -> Vec<String> {
     paths
 }
 
-fn memory(config: &DestConfig, container: &Description, obstacles: &mut Vec<Obstacle>) {
+/// Room for a container that grows while it is copied: half of what it has, and a little.
+const GROWTH_BYTES: u64 = 64 << 20;
+
+fn memory(config: &DestConfig, container: &Description, promised: u64, findings: &mut Findings) {
     let available = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
         let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
         line.trim().trim_end_matches(" kB").parse::<u64>().ok()
     });
-    let Some(available) = available else { return };
-    let available = available << 10;
-    // Its pages arrive in the memory filesystem first and are then copied to the container.
-    let needed = container.memory_bytes.saturating_mul(2).saturating_add(config.reserve_memory_mib << 20);
+    let most = container.memory_bytes.saturating_add(container.memory_bytes / 2).saturating_add(GROWTH_BYTES);
+    let Some(available) = available.map(|kib| kib << 10) else {
+        findings.memory_limit = most;
+        return;
+    };
+    let kept = promised.saturating_add(config.reserve_memory_mib << 20);
+    findings.memory_limit = most.min(available.saturating_sub(kept));
+    // A page leaves the store as it comes into the container: it is here once. CRIU's own images are small beside it.
+    let needed = container.memory_bytes.saturating_add(kept);
     if needed > available {
-        obstacles.push(Obstacle::new(
+        findings.obstacles.push(Obstacle::new(
             "memory",
-            format!("the move needs {} MiB on the destination, {} MiB are available", needed >> 20, available >> 20),
+            format!(
+                "the move needs {} MiB on the destination, {} MiB are available ({} MiB of them promised to other moves)",
+                needed >> 20,
+                available >> 20,
+                promised >> 20
+            ),
             "free memory there, choose another host, or lower reserve_memory_mib in its dest.toml",
         ));
     }

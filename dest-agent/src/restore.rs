@@ -18,6 +18,7 @@ use nix::unistd::Pid;
 use thiserror::Error;
 use tokio::process::Child;
 
+use crate::memory::handle::{FillError, Filler};
 use crate::staging::Staging;
 
 /// How long a runtime may take from its start to CRIU's request.
@@ -55,6 +56,20 @@ pub enum RestoreError {
     /// The hold.
     #[error("the restore can't be steered")]
     Hold(#[from] HoldError),
+    /// The filler.
+    #[error(transparent)]
+    Fill(#[from] FillError),
+}
+
+/// Where the container's memory comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryFrom {
+    /// CRIU's images.
+    Images,
+    /// The page store, after the container runs.
+    StoreLater,
+    /// The page store, before it runs.
+    StoreFirst,
 }
 
 /// A runtime that waits before CRIU's RESTORE request.
@@ -66,6 +81,8 @@ pub struct Armed {
     work: PathBuf,
     init: i32,
     gone: bool,
+    filler: Option<Filler>,
+    from: MemoryFrom,
     _listener: HoldListener,
 }
 
@@ -75,8 +92,14 @@ impl Armed {
         engine: &EngineConfig,
         container: &Description,
         staging: &Staging,
+        from: MemoryFrom,
     ) -> Result<Self, RestoreError> {
-        let listener = HoldListener::bind(&hold_socket(&staging.made.run))?;
+        let hold = hold_socket(&staging.made.run);
+        let filler = match from {
+            MemoryFrom::Images => None,
+            _ => Some(Filler::start(&engine.fill, &staging.pages(), &staging.work(), &hold).await?),
+        };
+        let listener = HoldListener::bind(&hold)?;
         let log = staging.work().join("runtime.log");
         let path = path_with_hold(&staging.made.run, &engine.hold)
             .map_err(|source| RestoreError::Start { program: engine.hold.clone(), source })?;
@@ -99,8 +122,9 @@ impl Armed {
             return Err(RestoreError::Runtime(format!("no answer within {} s", START_DEADLINE.as_secs())));
         };
         let mut held = held?;
-        held.prepare(preparation(container, staging)).await?;
-        Ok(Self { held, child, log, work: staging.work(), init: 0, gone: false, _listener: listener })
+        held.prepare(preparation(container, staging, from)).await?;
+        let work = staging.work();
+        Ok(Self { held, child, log, work, init: 0, gone: false, filler, from, _listener: listener })
     }
 
     /// Restores. On success every task exists, stopped before its first instruction.
@@ -109,7 +133,7 @@ impl Armed {
         self.gone = true;
         loop {
             match self.held.next().await? {
-                HoldEvent::Waiting { script, .. } if script == PRE_RESUME => return Ok(()),
+                HoldEvent::Waiting { script, .. } if script == PRE_RESUME => break,
                 HoldEvent::Waiting { pid, .. } => {
                     self.init = pid;
                     self.held.verdict(true).await?;
@@ -117,11 +141,25 @@ impl Armed {
                 HoldEvent::Ended { error, .. } => return Err(self.failure(&error)),
             }
         }
+        if self.from == MemoryFrom::StoreFirst
+            && let Some(filler) = &mut self.filler
+        {
+            filler.go().await?;
+            filler.filled().await?;
+            self.filler = None;
+        }
+        Ok(())
     }
 
     /// Lets the container run. Returns once its tasks do; [`finish`](Self::finish) waits for the rest.
     pub async fn resume(&mut self) -> Result<(), RestoreError> {
         self.held.verdict(true).await?;
+        // Its tasks are about to run, and to want their pages.
+        if let Some(filler) = &mut self.filler
+            && let Err(error) = filler.go().await
+        {
+            tracing::error!(%error, "the container's memory is filled in by its faults alone");
+        }
         match self.held.next().await? {
             HoldEvent::Ended { success: true, .. } => Ok(()),
             HoldEvent::Ended { error, .. } => Err(self.failure(&error)),
@@ -129,11 +167,12 @@ impl Armed {
         }
     }
 
-    /// Waits until the runtime has written its state and ended.
-    pub async fn finish(mut self) {
+    /// Waits until the runtime has written its state and ended, and hands out the filler, which may need longer.
+    pub async fn finish(mut self) -> Option<Filler> {
         if tokio::time::timeout(END_DEADLINE, self.child.wait()).await.is_err() {
             tracing::warn!("the runtime did not end after the restore");
         }
+        self.filler.take()
     }
 
     /// Ends it, whatever it has reached; nothing of the container is left running.
@@ -155,6 +194,9 @@ impl Armed {
         }
         if tokio::time::timeout(END_DEADLINE, self.child.wait()).await.is_err() {
             let _ = self.child.kill().await;
+        }
+        if let Some(filler) = self.filler.take() {
+            filler.stop().await;
         }
     }
 
@@ -197,7 +239,7 @@ fn output(container: &Description, fd: i32) -> Result<Stdio, RestoreError> {
     open.map(Stdio::from).map_err(|source| RestoreError::Log { path: log.into(), source })
 }
 
-fn preparation(container: &Description, staging: &Staging) -> Prepare {
+fn preparation(container: &Description, staging: &Staging, from: MemoryFrom) -> Prepare {
     let mut inherited = Vec::new();
     let mut files = Vec::new();
     let mut numbers = FIRST_INHERITED_FD..;
@@ -230,6 +272,7 @@ fn preparation(container: &Description, staging: &Staging) -> Prepare {
             network_lock: staging.network.is_some().then_some(rpc::NetworkLock::Skip as i32),
             manage_cgroups_mode: container.single_cgroup.then_some(rpc::CgroupMode::Ignore as i32),
             log_level: Some(rpc::LOG_LEVEL),
+            lazy_pages: (from != MemoryFrom::Images).then_some(true),
             ..rpc::Options::default()
         }),
         files,

@@ -12,7 +12,7 @@ use longhaul_common::host::Capabilities;
 use longhaul_common::journal::{Journal, is_migration_id};
 use longhaul_common::layers::LayerDigests;
 use longhaul_common::obstacle::Obstacle;
-use longhaul_common::tls::PeerIdentity;
+use longhaul_common::tls::{PageConnections, PeerIdentity, TlsConnection};
 use longhaul_common::wire::{WireError, neighbour, tree_item};
 use longhaul_proto::peer;
 use longhaul_proto::peer::destination_message::Message as Reply;
@@ -26,7 +26,9 @@ use tonic::{Response, Status, Streaming};
 use tracing::Instrument;
 
 use crate::arrival::{Arrival, ArrivalError, Record, RecordPhase, Timings};
+use crate::memory::receive;
 use crate::preflight::{self, Findings};
+use crate::restore::MemoryFrom;
 
 /// How long a source may be silent before its migration is undone. It sends a heartbeat every 100 ms while frozen and
 /// every second otherwise.
@@ -41,6 +43,7 @@ pub struct PeerService {
     journal: Journal,
     digests: Arc<LayerDigests>,
     arrivals: Arc<Mutex<HashMap<String, Arc<Arrival>>>>,
+    door: Door,
 }
 
 impl PeerService {
@@ -48,7 +51,9 @@ impl PeerService {
     pub fn new(config: Arc<DestConfig>, journal: Journal) -> Self {
         let capabilities = Capabilities::of_this_host(&config.engine);
         let digests = Arc::new(LayerDigests::open(&config.paths.state));
-        Self { config, capabilities, journal, digests, arrivals: Arc::default() }
+        let arrivals: Arc<Mutex<HashMap<String, Arc<Arrival>>>> = Arc::default();
+        let door = Door { config: config.clone(), host: capabilities.host.clone(), arrivals: arrivals.clone() };
+        Self { config, capabilities, journal, digests, arrivals, door }
     }
 
     /// Undoes every migration that has not committed: the agent is about to end.
@@ -61,24 +66,75 @@ impl PeerService {
         let Some(identity) = request.extensions().get::<PeerIdentity>() else {
             return Err(Status::unauthenticated("the connection has no identity"));
         };
-        if identity.names.iter().any(|name| self.config.allow.contains(name)) {
-            return Ok(identity.clone());
-        }
-        let names = identity.names.join(", ");
-        tracing::warn!(names, peer = %identity.address, "refused a host that is not on the allow-list");
-        Err(Status::permission_denied(format!(
-            "{names} is not on the allow-list of {}: add it to `allow` in its dest.toml and restart its agent",
-            self.capabilities.host
-        )))
+        self.door.check(identity).map_err(Status::permission_denied)?;
+        Ok(identity.clone())
     }
 
     fn find(&self, migration: &str, peer: &PeerIdentity) -> Result<Arc<Arrival>, Status> {
+        self.door.find(migration, peer).map_err(Status::failed_precondition)
+    }
+
+    /// For page connections, which have the same guests.
+    pub fn door(&self) -> Door {
+        self.door.clone()
+    }
+}
+
+/// Who may come in, and to what.
+#[derive(Clone)]
+pub struct Door {
+    config: Arc<DestConfig>,
+    host: String,
+    arrivals: Arc<Mutex<HashMap<String, Arc<Arrival>>>>,
+}
+
+impl Door {
+    fn check(&self, identity: &PeerIdentity) -> Result<(), String> {
+        if identity.names.iter().any(|name| self.config.allow.contains(name)) {
+            return Ok(());
+        }
+        let names = identity.names.join(", ");
+        tracing::warn!(names, peer = %identity.address, "refused a host that is not on the allow-list");
+        Err(format!(
+            "{names} is not on the allow-list of {}: add it to `allow` in its dest.toml and restart its agent",
+            self.host
+        ))
+    }
+
+    fn find(&self, migration: &str, peer: &PeerIdentity) -> Result<Arc<Arrival>, String> {
         let arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
-        arrivals
-            .get(migration)
-            .filter(|arrival| arrival.peer == peer.names)
-            .cloned()
-            .ok_or_else(|| Status::failed_precondition("there is no such migration under way from this host"))
+        let found = arrivals.get(migration).filter(|arrival| arrival.peer == peer.names).cloned();
+        found.ok_or_else(|| "there is no such migration under way from this host".to_owned())
+    }
+
+    /// Serves page connections until there are no more.
+    pub async fn serve_pages(self, mut connections: PageConnections) {
+        while let Some(connection) = connections.recv().await {
+            let door = self.clone();
+            tokio::spawn(async move { door.serve_page_connection(connection).await });
+        }
+    }
+
+    async fn serve_page_connection(self, mut connection: TlsConnection) {
+        let opened = async {
+            self.check(connection.identity())?;
+            let identity = connection.identity().clone();
+            let hello = receive::hello(&mut connection).await.map_err(|error| chain(&error))?;
+            let arrival = self.find(&hello.migration, &identity)?;
+            Ok::<_, String>((hello, arrival.memory().map_err(|error| chain(&error))?))
+        };
+        let (hello, memory) = match opened.await {
+            Ok(opened) => opened,
+            Err(reason) => {
+                tracing::warn!(reason, "refused a page connection");
+                return receive::refuse(&mut connection, &reason).await;
+            }
+        };
+        let span = tracing::info_span!("pages", migration = hello.migration);
+        let received = receive::receive(connection, hello.stream, memory).instrument(span).await;
+        if let Err(error) = received {
+            tracing::warn!(migration = hello.migration, error = chain(&error), "a page connection ended");
+        }
     }
 }
 
@@ -277,7 +333,11 @@ impl Session {
             return Err(format!("migration {} was refused or ended here before", offer.migration_id));
         }
         let container = Description::from_json(&offer.description).map_err(|error| chain(&error))?;
-        let mut findings = preflight::examine(&self.config, &self.digests, &container).await;
+        let promised = {
+            let arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+            arrivals.values().map(|other| other.outstanding_bytes()).sum()
+        };
+        let mut findings = preflight::examine(&self.config, &self.digests, &container, promised).await;
         self.claim(&container, &mut findings);
         let accepted = findings.obstacles.is_empty() && !offer.dry_run;
         tracing::info!(
@@ -334,12 +394,19 @@ impl Session {
                 }
                 Request::Arm(arm) => {
                     let neighbours: Vec<_> = arm.neighbours.into_iter().filter_map(neighbour).collect();
-                    arrival.arm(&arm.descriptors, &neighbours).await.map_err(|error| chain(&error))?;
+                    let from = match (arm.pages, arm.eager) {
+                        (false, _) => MemoryFrom::Images,
+                        (true, false) => MemoryFrom::StoreLater,
+                        (true, true) => MemoryFrom::StoreFirst,
+                    };
+                    arrival.arm(&arm.descriptors, &neighbours, from).await.map_err(|error| chain(&error))?;
                     self.say(Reply::Armed(peer::Armed {})).await;
                 }
                 Request::Restore(restore) => {
-                    let timings = arrival.restore(restore.image_files).await.map_err(|error| chain(&error))?;
-                    self.say(Reply::Restored(peer::Restored { timings: wire_timings(timings) })).await;
+                    let restored = arrival.restore(restore.image_files, restore.pages).await;
+                    let (timings, stored_pages) = restored.map_err(|error| chain(&error))?;
+                    let timings = wire_timings(timings);
+                    self.say(Reply::Restored(peer::Restored { timings, stored_pages })).await;
                 }
                 Request::Commit(commit) => {
                     let timings = arrival.commit(commit.epoch).await.map_err(|error| chain(&error))?;

@@ -258,6 +258,11 @@ impl Staging {
         self.made.run.join("work")
     }
 
+    /// The page store.
+    pub fn pages(&self) -> PathBuf {
+        self.made.run.join("pages")
+    }
+
     /// Takes everything away.
     pub fn undo(mut self) {
         if let Some(network) = self.network.take() {
@@ -266,12 +271,11 @@ impl Staging {
         undo(&self.made);
     }
 
-    /// The container stays: only what was needed for the way goes.
+    /// The container stays: only what was needed for the way goes. The memory directory is left for [`clear_run`].
     pub fn settle(mut self, container: &Description) {
         if matches!(container.rootfs, Rootfs::Plain { .. }) {
             unmount(&self.root_bind());
         }
-        remove_run(&self.made.run);
         Moved::clear(Path::new(&container.bundle));
         // The namespace lives on in the container's tasks.
         if let Some(network) = self.network.take()
@@ -317,6 +321,11 @@ pub fn settle_run(made: &Made) {
     if let Some(bundle) = made.paths.first() {
         Moved::clear(bundle);
     }
+}
+
+/// Removes the memory directory, once nothing in it is needed.
+pub fn clear_run(made: &Made) {
+    remove_run(&made.run);
 }
 
 /// Removes the memory directory, but never through a bind mount that would not go: behind it is a root filesystem.

@@ -52,6 +52,8 @@ pub struct Externals {
     pub own_network_lock: bool,
     /// No tree of cgroups has to be saved.
     pub single_cgroup: bool,
+    /// Entries of CRIU's environment.
+    pub environment: Vec<String>,
 }
 
 /// A runtime that waits before CRIU's DUMP request.
@@ -181,7 +183,8 @@ fn runtime_message(log: &Path) -> String {
     last_message(&std::fs::read_to_string(log).unwrap_or_default())
 }
 
-fn preparation(externals: &Externals, environment: Vec<String>) -> Prepare {
+fn preparation(externals: &Externals, mut environment: Vec<String>) -> Prepare {
+    environment.extend(externals.environment.iter().cloned());
     Prepare {
         addition: Some(rpc::Options {
             external: externals.keys.clone(),

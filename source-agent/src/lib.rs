@@ -11,6 +11,7 @@ pub mod cli;
 pub mod images;
 pub mod inspect;
 pub mod jobs;
+pub mod memory;
 pub mod migration;
 pub mod options;
 pub mod peer;

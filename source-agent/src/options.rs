@@ -13,9 +13,34 @@ pub struct Options {
     pub dry_run: bool,
     /// A log file that comes along and is written on where the container's output is a pipe.
     pub log: Option<String>,
-    /// Give up, with the container untouched, after this time.
+    /// How long the move may take.
     pub timeout: Option<Duration>,
+    /// What happens then, or when pre-copy does not converge.
+    pub timeout_action: TimeoutAction,
+    /// Bytes a second that memory may take while the container runs.
+    pub bandwidth: Option<u64>,
+    /// The downtime wanted.
+    pub max_downtime: Option<Duration>,
+    /// The most rounds of pre-copy.
+    pub max_rounds: Option<u32>,
+    /// Fill in all memory before the container runs on the destination.
+    pub eager: bool,
 }
+
+/// What happens when a move takes too long.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum TimeoutAction {
+    /// Give up, with the container untouched.
+    #[default]
+    Abort,
+    /// Freeze it and go on, however long the downtime is.
+    Freeze,
+}
+
+/// The downtime wanted, unless told otherwise (QEMU's `downtime-limit` is the same).
+pub const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(300);
+/// The most rounds, unless told otherwise.
+pub const DEFAULT_MAX_ROUNDS: u32 = 30;
 
 /// How the bind mount at one place is taken.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,6 +105,11 @@ impl From<agent::Options> for Options {
             dry_run: wire.dry_run,
             log: (!wire.log.is_empty()).then_some(wire.log),
             timeout: (wire.timeout_ms > 0).then(|| Duration::from_millis(wire.timeout_ms)),
+            timeout_action: if wire.freeze_at_timeout { TimeoutAction::Freeze } else { TimeoutAction::Abort },
+            bandwidth: (wire.bandwidth > 0).then_some(wire.bandwidth),
+            max_downtime: (wire.max_downtime_ms > 0).then(|| Duration::from_millis(wire.max_downtime_ms)),
+            max_rounds: (wire.max_rounds > 0).then_some(wire.max_rounds),
+            eager: wire.eager,
         }
     }
 }
@@ -99,9 +129,19 @@ impl From<Options> for agent::Options {
             volumes: options.volumes.into_iter().map(rule).collect(),
             dry_run: options.dry_run,
             log: options.log.unwrap_or_default(),
-            timeout_ms: options.timeout.map_or(0, |timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
+            timeout_ms: options.timeout.map_or(0, whole_millis),
+            freeze_at_timeout: options.timeout_action == TimeoutAction::Freeze,
+            bandwidth: options.bandwidth.unwrap_or(0),
+            max_downtime_ms: options.max_downtime.map_or(0, whole_millis),
+            max_rounds: options.max_rounds.unwrap_or(0),
+            eager: options.eager,
         }
     }
+}
+
+/// At least 1: 0 means that nothing was said.
+fn whole_millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX).max(1)
 }
 
 #[cfg(test)]

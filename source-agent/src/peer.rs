@@ -1,7 +1,7 @@
 //! The network edge to the destination: one connection for control, one for bulk.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use longhaul_common::host::Capabilities;
 use longhaul_common::net::Neighbour;
@@ -16,6 +16,8 @@ use tokio::sync::{Mutex, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
+
+use crate::images::Sent;
 
 /// Heartbeats while the container runs.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -78,6 +80,7 @@ pub struct Peer {
     host: String,
     control: PeerClient<Channel>,
     bulk: PeerClient<Channel>,
+    round_trip: Duration,
 }
 
 impl Peer {
@@ -93,15 +96,25 @@ impl Peer {
             host: address.host.clone(),
             control: longhaul_proto::peer_client(control),
             bulk: longhaul_proto::peer_client(bulk),
+            round_trip: Duration::ZERO,
         };
         let hello = peer::HelloRequest { source: Some(ours.into()) };
-        let reply = peer.control.hello(hello).await.map_err(|status| peer.status(&status))?;
+        let reply = peer.control.hello(hello.clone()).await.map_err(|status| peer.status(&status))?;
+        // The second time nothing has to be set up any more.
+        let start = Instant::now();
+        peer.control.hello(hello).await.map_err(|status| peer.status(&status))?;
+        peer.round_trip = start.elapsed();
         let theirs = reply.into_inner().destination.ok_or_else(|| PeerError::OutOfTurn {
             host: peer.host.clone(),
             got: "an empty hello".to_owned(),
             expected: "its capabilities",
         })?;
         Ok((peer, theirs.into()))
+    }
+
+    /// How long a question and its answer took.
+    pub fn round_trip(&self) -> Duration {
+        self.round_trip
     }
 
     /// Opens the control stream of one migration.
@@ -182,6 +195,17 @@ pub struct Verdict {
     pub missing_layers: Vec<String>,
 }
 
+/// Whether memory comes over the page connection, and when it is filled in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pages {
+    /// All memory is in CRIU's images.
+    None,
+    /// After the container runs.
+    Lazy,
+    /// Before it runs.
+    Eager,
+}
+
 /// Named durations, in microseconds.
 pub type Timings = Vec<(String, u64)>;
 
@@ -208,9 +232,10 @@ impl Session {
     }
 
     /// Has the runtime's restore started and held.
-    pub async fn arm(&self, descriptors: Vec<u8>, neighbours: Vec<Neighbour>) -> Result<(), PeerError> {
+    pub async fn arm(&self, descriptors: Vec<u8>, neighbours: Vec<Neighbour>, pages: Pages) -> Result<(), PeerError> {
         let neighbours = neighbours.into_iter().map(Into::into).collect();
-        self.send(Request::Arm(peer::Arm { descriptors: descriptors.into(), neighbours })).await?;
+        let (eager, pages) = (pages == Pages::Eager, pages != Pages::None);
+        self.send(Request::Arm(peer::Arm { descriptors: descriptors.into(), neighbours, pages, eager })).await?;
         match self.reply().await? {
             Reply::Armed(_) => Ok(()),
             other => Err(self.out_of_turn(&other, "armed")),
@@ -218,10 +243,12 @@ impl Session {
     }
 
     /// Has the container restored, stopped.
-    pub async fn restore(&self, image_files: u64, image_bytes: u64) -> Result<Timings, PeerError> {
-        self.send(Request::Restore(peer::Restore { image_files, image_bytes })).await?;
+    pub async fn restore(&self, images: Sent, pages: Pages) -> Result<(Timings, u64), PeerError> {
+        let Sent { files, bytes } = images;
+        let pages = pages != Pages::None;
+        self.send(Request::Restore(peer::Restore { image_files: files, image_bytes: bytes, pages })).await?;
         match self.reply().await? {
-            Reply::Restored(restored) => Ok(timings(restored.timings)),
+            Reply::Restored(restored) => Ok((timings(restored.timings), restored.stored_pages)),
             other => Err(self.out_of_turn(&other, "restored")),
         }
     }

@@ -6,6 +6,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use longhaul_common::obstacle::Obstacle;
 use serde::{Deserialize, Serialize};
 
+use crate::memory::precopy::Round;
+
 /// How a migration ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -53,8 +55,11 @@ pub struct Report {
     pub downtime_ms: Option<f64>,
     /// Memory the container had in use, in bytes.
     pub memory_bytes: u64,
-    /// Bytes sent: files and images.
+    /// Bytes sent: memory, files and images.
     pub bytes_on_wire: u64,
+    /// How memory was moved.
+    #[serde(default)]
+    pub memory: MemoryReport,
     /// Passes over the root filesystem and the volumes, the last included.
     pub rootfs_passes: u32,
     /// Each phase's duration, in milliseconds.
@@ -63,6 +68,38 @@ pub struct Report {
     pub downtime_steps: BTreeMap<String, f64>,
     /// Versions that took part: `criu`, `source-kernel`, `destination-kernel`, …
     pub versions: BTreeMap<String, String>,
+}
+
+/// How memory was moved.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct MemoryReport {
+    /// What told which pages were written: `userfaultfd-wp`; nothing if all memory went while frozen.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub tracker: Option<String>,
+    /// How it came into place: `lazy`, after the container ran again; `eager`, before; `images`, in CRIU's images.
+    pub path: String,
+    /// Why a better way was not taken.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub fallback: Option<String>,
+    /// Rounds while the container ran.
+    pub rounds: Vec<Round>,
+    /// The one while it was frozen.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub last_round: Option<Round>,
+    /// The downtime that was predicted at the freeze, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub predicted_downtime_ms: Option<f64>,
+    /// The longest that a thread was stopped so that its memory could be tracked, in milliseconds.
+    pub longest_stop_ms: f64,
+    /// Pages in the destination's store when the container was restored.
+    pub stored_pages: u64,
+}
+
+impl MemoryReport {
+    /// All memory goes in CRIU's images, for this reason.
+    pub fn images(reason: String) -> Self {
+        Self { path: "images".to_owned(), fallback: Some(reason), ..Self::default() }
+    }
 }
 
 impl Report {
@@ -82,6 +119,7 @@ impl Report {
             downtime_ms: None,
             memory_bytes: 0,
             bytes_on_wire: 0,
+            memory: MemoryReport::default(),
             rootfs_passes: 0,
             phases: BTreeMap::new(),
             downtime_steps: BTreeMap::new(),

@@ -10,12 +10,13 @@ use anyhow::{Context, Result, bail};
 use crate::lab::{Host, Lab};
 
 /// Where each program goes in a host.
-const PROGRAMS: [(&str, &str); 6] = [
+const PROGRAMS: [(&str, &str); 7] = [
     ("migrate", "usr/local/bin"),
     ("longhaul-source", "usr/local/bin"),
     ("longhaul-dest", "usr/local/bin"),
     ("lab-tool", "usr/local/bin"),
     ("longhaul-criu", "usr/local/libexec/longhaul"),
+    ("longhaul-fill", "usr/local/libexec/longhaul"),
     ("liblonghaul_criu_filter.so", "usr/local/libexec/longhaul"),
 ];
 /// How long an agent may take to say that it is ready.

@@ -1,15 +1,19 @@
-//! Preloaded into CRIU's process by the hold, where it is needed.
+//! Preloaded into CRIU's process by the hold. It stands in for two functions of the C library and passes everything else on.
 //!
-//! Today it does one thing. CRIU reads every task's resource limits with prlimit(2), which the kernel allows for a
+//! **Pages that CRIU need not save** ([`pages`]): CRIU finds a task's pages with `ioctl(PAGEMAP_SCAN)` (`pmc_fill` in
+//! criu/pagemap-cache.c, 4.2). The agent has sent most of them before; the answer leaves those out, by a table that the
+//! agent wrote once the container was frozen.
+//!
+//! **Resource limits**: CRIU reads every task's with prlimit(2), which the kernel allows for a
 //! task of another user only with `CAP_SYS_RESOURCE` (`check_prlimit_permission` in kernel/sys.c). An agent that was not
 //! given that capability, as in many sandboxes, could move no container with a task that is not root's.
 //! The same limits stand in `/proc/<pid>/limits` (proc_pid_limits(5)), readable with ptrace rights, which CRIU
-//! needs anyway: where prlimit(2) is refused, they are read there.
-//!
-//! CRIU makes that call through the C library's `syscall` function (`dump_task_rlimits` in criu/cr-dump.c, 4.2), so that
-//! is the function that is stood in for. Everything else goes on to the real one, untouched.
+//! needs anyway: where prlimit(2) is refused, they are read there. CRIU makes that call through the C library's
+//! `syscall` function (`dump_task_rlimits` in criu/cr-dump.c, 4.2).
 
-use std::ffi::CStr;
+mod pages;
+
+use std::ffi::{CStr, c_int, c_ulong, c_void};
 use std::fs;
 use std::sync::OnceLock;
 
@@ -50,7 +54,7 @@ fn real() -> Option<Syscall> {
             return None;
         }
         // SAFETY: the symbol is the C library's syscall(3), which takes these arguments in these registers.
-        Some(unsafe { std::mem::transmute::<*mut libc::c_void, Syscall>(found) })
+        Some(unsafe { std::mem::transmute::<*mut c_void, Syscall>(found) })
     })
 }
 
@@ -102,4 +106,46 @@ fn read_limit(pid: pid_t, resource: c_long) -> Option<rlimit64> {
         number => number.parse().ok(),
     });
     Some(rlimit64 { rlim_cur: values.next()??, rlim_max: values.next()?? })
+}
+
+/// `ioctl(2)` as CRIU uses it: with one argument, of the size of a pointer.
+type Ioctl = unsafe extern "C" fn(c_int, c_ulong, *mut c_void) -> c_int;
+
+fn real_ioctl() -> Option<Ioctl> {
+    static REAL: OnceLock<Option<Ioctl>> = OnceLock::new();
+    const NAME: &CStr = c"ioctl";
+    *REAL.get_or_init(|| {
+        // SAFETY: the name is a C string; RTLD_NEXT asks for the definition after this library's.
+        let found = unsafe { libc::dlsym(libc::RTLD_NEXT, NAME.as_ptr()) };
+        if found.is_null() {
+            return None;
+        }
+        // SAFETY: the symbol is the C library's ioctl(2), a variadic function whose third argument goes where this type puts it.
+        Some(unsafe { std::mem::transmute::<*mut c_void, Ioctl>(found) })
+    })
+}
+
+/// Stands in for the C library's function in CRIU's process.
+///
+/// # Safety
+/// As for the request that is made.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int {
+    let Some(real) = real_ioctl() else {
+        // SAFETY: errno is this thread's own.
+        unsafe { *libc::__errno_location() = libc::ENOSYS };
+        return -1;
+    };
+    // SAFETY: the caller's promise is passed on.
+    let result = unsafe { real(fd, request, argument) };
+    if request != pages::PAGEMAP_SCAN || result <= 0 || argument.is_null() {
+        return result;
+    }
+    // SAFETY: a successful PAGEMAP_SCAN had an argument of this type, aligned and writable.
+    let scan = unsafe { &mut *argument.cast::<pages::ScanArg>() };
+    let (Ok(found), Ok(room)) = (usize::try_from(result), usize::try_from(scan.vec_len)) else { return result };
+    // SAFETY: the kernel has just written `found` regions, of the `room` that the caller gave, to this vector.
+    let regions = unsafe { std::slice::from_raw_parts_mut(scan.vec as *mut pages::Region, room) };
+    let left = pages::filter(fd, scan.category_anyof_mask, regions, found, &mut scan.walk_end);
+    c_int::try_from(left).unwrap_or(result)
 }

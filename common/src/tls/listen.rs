@@ -38,10 +38,22 @@ pub struct TlsIncoming {
     task: tokio::task::JoinHandle<()>,
 }
 
+/// Connections that speak the page protocol.
+pub type PageConnections = mpsc::Receiver<TlsConnection>;
+
+/// Where connections go, by the protocol they ask for.
+#[derive(Clone)]
+struct Accepted {
+    calls: mpsc::Sender<io::Result<TlsConnection>>,
+    pages: mpsc::Sender<TlsConnection>,
+}
+
 impl TlsIncoming {
-    /// Accepts on `listener`; each handshake is a task of its own.
-    pub fn new(listener: TcpListener, config: Arc<ServerConfig>) -> Self {
-        let (send, accepted) = mpsc::channel(QUEUE);
+    /// Accepts on `listener`; each handshake is a task of its own. Page connections come out of the second value.
+    pub fn new(listener: TcpListener, config: Arc<ServerConfig>) -> (Self, PageConnections) {
+        let (calls, accepted) = mpsc::channel(QUEUE);
+        let (pages, page_connections) = mpsc::channel(QUEUE);
+        let send = Accepted { calls, pages };
         let acceptor = TlsAcceptor::from(config);
         let task = tokio::spawn(async move {
             loop {
@@ -57,7 +69,7 @@ impl TlsIncoming {
                 }
             }
         });
-        Self { accepted, task }
+        (Self { accepted, task }, page_connections)
     }
 }
 
@@ -75,12 +87,7 @@ impl tokio_stream::Stream for TlsIncoming {
     }
 }
 
-async fn handshake(
-    acceptor: TlsAcceptor,
-    tcp: TcpStream,
-    address: SocketAddr,
-    accepted: mpsc::Sender<io::Result<TlsConnection>>,
-) {
+async fn handshake(acceptor: TlsAcceptor, tcp: TcpStream, address: SocketAddr, accepted: Accepted) {
     // Without it every small message waits for the peer's delayed acknowledgement.
     if let Err(error) = tcp.set_nodelay(true) {
         tracing::warn!(%error, "can't turn off Nagle's algorithm");
@@ -89,7 +96,13 @@ async fn handshake(
     match tokio::time::timeout(HANDSHAKE_DEADLINE, attempt).await {
         Ok(Ok(stream)) => {
             let names = peer_names(&stream);
-            let _ = accepted.send(Ok(TlsConnection { stream, identity: PeerIdentity { names, address } })).await;
+            let is_pages = stream.get_ref().1.alpn_protocol() == Some(crate::pages::ALPN);
+            let connection = TlsConnection { stream, identity: PeerIdentity { names, address } };
+            if is_pages {
+                let _ = accepted.pages.send(connection).await;
+            } else {
+                let _ = accepted.calls.send(Ok(connection)).await;
+            }
         }
         // Somebody looked whether the port is open.
         Ok(Err((error, _))) if error.kind() == io::ErrorKind::UnexpectedEof => {
@@ -134,6 +147,13 @@ fn peer_names(stream: &TlsStream<TcpStream>) -> Vec<String> {
 pub struct TlsConnection {
     stream: TlsStream<TcpStream>,
     identity: PeerIdentity,
+}
+
+impl TlsConnection {
+    /// Who it is.
+    pub fn identity(&self) -> &PeerIdentity {
+        &self.identity
+    }
 }
 
 impl Connected for TlsConnection {

@@ -19,7 +19,7 @@ use tokio::net::TcpStream;
 use tonic::transport::{Channel, Endpoint};
 
 pub use explain::explain;
-pub use listen::{PeerIdentity, TlsIncoming};
+pub use listen::{PageConnections, PeerIdentity, TlsConnection, TlsIncoming};
 
 use crate::config::TlsFiles;
 
@@ -92,6 +92,8 @@ pub enum TlsError {
 #[derive(Debug, Clone)]
 pub struct Identity {
     client: Arc<ClientConfig>,
+    /// The same, for page connections.
+    pages: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
 }
 
@@ -122,7 +124,7 @@ impl Identity {
             .with_client_cert_verifier(verifier)
             .with_single_cert(chain.clone(), key.clone_key())
             .map_err(TlsError::Identity)?;
-        server.alpn_protocols = vec![b"h2".to_vec()];
+        server.alpn_protocols = vec![b"h2".to_vec(), crate::pages::ALPN.to_vec()];
         let mut client = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&versions)
             .map_err(TlsError::Identity)?
@@ -130,7 +132,9 @@ impl Identity {
             .with_client_auth_cert(chain, key)
             .map_err(TlsError::Identity)?;
         client.alpn_protocols = vec![b"h2".to_vec()];
-        Ok(Self { client: Arc::new(client), server: Arc::new(server) })
+        let mut pages = client.clone();
+        pages.alpn_protocols = vec![crate::pages::ALPN.to_vec()];
+        Ok(Self { client: Arc::new(client), pages: Arc::new(pages), server: Arc::new(server) })
     }
 
     /// For a listener.
@@ -205,4 +209,24 @@ pub async fn connect(identity: &Identity, peer: &PeerAddress) -> Result<Channel,
             address: peer.address.clone(),
             reason: explain(&error).unwrap_or_else(|| crate::chain(&error)),
         })
+}
+
+/// Opens a page connection. Who is refused learns it from the first answer.
+pub async fn connect_pages(
+    identity: &Identity,
+    peer: &PeerAddress,
+) -> Result<tokio_rustls::client::TlsStream<TcpStream>, TlsError> {
+    let name = ServerName::try_from(peer.certificate_name.clone())
+        .map_err(|_| TlsError::Name(peer.certificate_name.clone()))?;
+    let attempt = async {
+        let tcp = TcpStream::connect(&peer.address).await?;
+        tcp.set_nodelay(true)?;
+        tokio_rustls::TlsConnector::from(identity.pages.clone()).connect(name, tcp).await
+    };
+    let unreachable =
+        |reason: String| TlsError::Unreachable { host: peer.host.clone(), address: peer.address.clone(), reason };
+    tokio::time::timeout(CONNECT_DEADLINE, attempt)
+        .await
+        .map_err(|_| unreachable(format!("no answer within {} s", CONNECT_DEADLINE.as_secs())))?
+        .map_err(|error| unreachable(explain(&error).unwrap_or_else(|| error.to_string())))
 }

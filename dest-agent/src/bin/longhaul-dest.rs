@@ -57,12 +57,14 @@ async fn run(cli: &Cli) -> Result<()> {
     let listener = socket.listen(BACKLOG).with_context(|| format!("listen at {}", config.listen))?;
     let service = PeerService::new(config.clone(), journal);
     let arrivals = service.arrivals();
+    let (incoming, page_connections) = TlsIncoming::new(listener, identity.server());
+    let pages = tokio::spawn(service.door().serve_pages(page_connections));
     let server = tonic::transport::Server::builder()
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
         .max_frame_size(FRAME_BYTES)
         .add_service(longhaul_proto::peer_server(service))
-        .serve_with_incoming_shutdown(TlsIncoming::new(listener, identity.server()), async {
+        .serve_with_incoming_shutdown(incoming, async {
             told_to_end().await;
             tracing::info!("ending: migrations that have not committed are undone");
             let pending: Vec<_> =
@@ -79,6 +81,7 @@ async fn run(cli: &Cli) -> Result<()> {
             tracing::warn!("connections were still open at the deadline");
         }
     }
+    pages.abort();
     drop(memory);
     Ok(())
 }

@@ -16,7 +16,7 @@ use longhaul_common::layers::LayerDigests;
 use longhaul_common::telemetry;
 use longhaul_common::tls::Identity;
 use longhaul_source::jobs::Jobs;
-use longhaul_source::migration::Env;
+use longhaul_source::migration::{Calibration, Env};
 use longhaul_source::record;
 use longhaul_source::service::AgentService;
 use tokio::net::UnixListener;
@@ -57,6 +57,7 @@ async fn run(cli: &Cli) -> Result<()> {
     let in_doubt = record::recover(&journal).await;
     let socket = config.socket.clone().unwrap_or_else(|| config::AGENT_SOCKET.into());
     let env = Arc::new(Env {
+        fixed_downtime: Calibration::default(),
         capabilities: Capabilities::of_this_host(&config.engine),
         digests: LayerDigests::open(&config.paths.state),
         config,

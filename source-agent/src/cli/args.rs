@@ -72,9 +72,25 @@ pub struct MigrateArgs {
     /// Only tell whether it would work
     #[arg(long)]
     pub dry_run: bool,
-    /// Give up, with the container untouched, after this time (30s, 10m)
+    /// How long the move may take (30s, 10m)
     #[arg(long, value_parser = duration, value_name = "TIME")]
     pub timeout: Option<Duration>,
+    /// What happens at the timeout, or when the container writes too fast: give up, with the container untouched, or
+    /// freeze it all the same
+    #[arg(long, value_enum, default_value_t = TimeoutChoice::Abort)]
+    pub timeout_action: TimeoutChoice,
+    /// The downtime wanted; memory is copied in rounds until it would be no longer [default: 300ms]
+    #[arg(long, value_parser = duration, value_name = "TIME")]
+    pub max_downtime: Option<Duration>,
+    /// The most rounds over memory [default: 30]
+    #[arg(long, value_name = "N")]
+    pub max_rounds: Option<u32>,
+    /// The most bytes a second for memory while the container runs (100M, 1G)
+    #[arg(long, value_parser = rate, value_name = "RATE")]
+    pub bandwidth: Option<u64>,
+    /// Have all memory in place before the container runs there, for a longer downtime
+    #[arg(long)]
+    pub eager: bool,
     /// The log that an output by a pipe goes on in, there
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
@@ -87,6 +103,15 @@ pub struct MigrateArgs {
     /// No progress
     #[arg(short, long)]
     pub quiet: bool,
+}
+
+/// What happens when a move takes too long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TimeoutChoice {
+    /// Give up; the container stays, untouched
+    Abort,
+    /// Freeze the container and go on
+    Freeze,
 }
 
 /// What becomes of volumes.
@@ -180,6 +205,25 @@ fn duration(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(number * unit).map_err(|_| format!("{text:?} is no time that can be waited"))
 }
 
+/// Reads `100M`, `1G` or plain bytes a second; units are powers of 1024, as for QEMU and libvirt.
+fn rate(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number: f64 = digits.parse().map_err(|_| format!("{text:?} is no rate, such as 100M or 1G"))?;
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" | "k" => 10,
+        "M" => 20,
+        "G" => 30,
+        other => return Err(format!("{other:?} is no unit of bytes: K, M or G")),
+    };
+    let bytes = number * (1u64 << shift) as f64;
+    if bytes < 1.0 || bytes > u64::MAX as f64 {
+        Err(format!("{text:?} is no rate that can be kept"))
+    } else {
+        Ok(bytes as u64)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,6 +239,16 @@ mod tests {
         assert_eq!(cli.migrate.container.as_deref(), Some("web"));
         let check = Cli::try_parse_from(["migrate", "check", "web"]).expect("parses");
         assert!(matches!(check.command, Some(Command::Check { .. })));
+    }
+
+    #[test]
+    fn rates_have_units() {
+        assert_eq!(rate("100M"), Ok(100 << 20));
+        assert_eq!(rate("1.5G"), Ok(3 << 29));
+        assert_eq!(rate("42"), Ok(42));
+        for bad in ["", "M", "5T", "-1M", "0"] {
+            rate(bad).expect_err(bad);
+        }
     }
 
     #[test]

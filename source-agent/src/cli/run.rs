@@ -13,10 +13,10 @@ use tokio::net::UnixStream;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
-use super::args::{Cli, Command, Format, MigrateArgs, PkiCommand, VolumeArgs, command};
+use super::args::{Cli, Command, Format, MigrateArgs, PkiCommand, TimeoutChoice, VolumeArgs, command};
 use super::progress::Progress;
 use super::{exit, output};
-use crate::options::Options;
+use crate::options::{Options, TimeoutAction};
 use crate::report::{Findings, Report};
 
 /// Does what the command line says; the exit code.
@@ -49,8 +49,20 @@ async fn migrate(socket: &Path, format: Format, args: MigrateArgs) -> Result<u8>
     let Some(container) = args.container else { return usage("name a container") };
     let Some(to) = args.to else { return usage("say where to: --to HOST") };
     let log = args.log.map(|log| log.to_str().map(str::to_owned).ok_or_else(|| anyhow!("the log's path is not UTF-8")));
-    let options =
-        Options { volumes: args.volumes.rules, dry_run: args.dry_run, log: log.transpose()?, timeout: args.timeout };
+    let options = Options {
+        volumes: args.volumes.rules,
+        dry_run: args.dry_run,
+        log: log.transpose()?,
+        timeout: args.timeout,
+        timeout_action: match args.timeout_action {
+            TimeoutChoice::Abort => TimeoutAction::Abort,
+            TimeoutChoice::Freeze => TimeoutAction::Freeze,
+        },
+        bandwidth: args.bandwidth,
+        max_downtime: args.max_downtime,
+        max_rounds: args.max_rounds,
+        eager: args.eager,
+    };
     let Some(mut client) = connect(socket).await else { return Ok(exit::NO_AGENT) };
     let request = agent::MigrateRequest { container, to, options: Some(options.into()) };
     let mut events = match client.migrate(request).await {

@@ -216,10 +216,7 @@ fn other_user(inode: u64, freezer: &Freezer) -> Option<i32> {
         })
     };
     let entries = std::fs::read_dir("/proc").ok()?;
-    entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-        .find(|pid| is_foreign(*pid))
+    entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()).find(|pid| is_foreign(*pid))
 }
 
 /// Looks at a task that seems to be another user of the network, and the pause between them.

@@ -182,7 +182,7 @@ fn out_of_turn(lab: &Lab) -> Result<()> {
         must_fail(&control.say(Request::Commit(peer::Commit { epoch: 1 })).await?, "offer")?;
         for (n, message) in [
             Request::Commit(peer::Commit { epoch: 1 }),
-            Request::Restore(peer::Restore { image_files: 0, image_bytes: 0 }),
+            Request::Restore(peer::Restore { image_files: 0, image_bytes: 0, pages: false }),
             Request::Prepare(peer::Prepare {}),
         ]
         .into_iter()
@@ -242,7 +242,12 @@ fn lies(lab: &Lab) -> Result<()> {
         // Images that are announced and do not come.
         let mut control = Control::prepared(&mut client, "lies-images").await?;
         let reply = control
-            .say(Request::Arm(peer::Arm { descriptors: b"not json".to_vec().into(), neighbours: Vec::new() }))
+            .say(Request::Arm(peer::Arm {
+                descriptors: b"not json".to_vec().into(),
+                neighbours: Vec::new(),
+                pages: false,
+                eager: false,
+            }))
             .await?;
         ensure!(matches!(reply, Reply::Failed(_)), "armed with nonsense: {reply:?}");
         drop(control);

@@ -1,4 +1,6 @@
-//! System calls no library wraps. The only module of this crate with `unsafe`.
+//! System calls no library wraps. The only modules of this crate with `unsafe`.
+
+pub mod memory;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -182,4 +184,56 @@ impl InNetns for std::process::Command {
             })
         }
     }
+}
+
+/// The blocked signals of a thread that the caller has stopped by ptrace.
+///
+/// # Errors
+/// `ESRCH`: it is not, or is gone.
+pub fn signal_mask(thread: i32) -> io::Result<u64> {
+    let mut mask = 0u64;
+    // SAFETY: the address is that of a mask of the size given.
+    let done = unsafe { libc::ptrace(libc::PTRACE_GETSIGMASK, thread, size_of::<u64>(), &raw mut mask) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(mask) }
+}
+
+/// Sets them.
+///
+/// # Errors
+/// As of [`signal_mask`].
+pub fn set_signal_mask(thread: i32, mask: u64) -> io::Result<()> {
+    // SAFETY: the address is that of a mask of the size given.
+    let done = unsafe { libc::ptrace(libc::PTRACE_SETSIGMASK, thread, size_of::<u64>(), &raw const mask) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Where a thread that the caller has stopped by ptrace keeps its restartable sequences (rseq(2)): the address of its
+/// `struct rseq`, 0 if it has none.
+///
+/// # Errors
+/// `ESRCH`: it is not stopped, or is gone; `EIO` before Linux 5.13.
+pub fn rseq_of(thread: i32) -> io::Result<u64> {
+    const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
+    #[repr(C)]
+    #[derive(Default)]
+    struct Configuration {
+        pointer: u64,
+        size: u32,
+        signature: u32,
+        flags: u32,
+        pad: u32,
+    }
+    let mut configuration = Configuration::default();
+    // SAFETY: the address is that of a configuration of the size given.
+    let done = unsafe {
+        libc::ptrace(PTRACE_GET_RSEQ_CONFIGURATION, thread, size_of::<Configuration>(), &raw mut configuration)
+    };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(configuration.pointer) }
+}
+
+/// Takes over a descriptor that came with a message (`SCM_RIGHTS`): the kernel has just installed it for its receiver, and
+/// nobody else knows its number.
+pub fn adopt(fd: std::os::fd::RawFd) -> OwnedFd {
+    // SAFETY: as the documentation says; the one caller passes on what recvmsg(2) gave it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
 }

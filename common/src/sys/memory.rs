@@ -1,0 +1,369 @@
+//! Looking at, and filling, the memory of other tasks: `PAGEMAP_SCAN` (Documentation/admin-guide/mm/pagemap.rst) and
+//! userfaultfd (userfaultfd(2), linux/userfaultfd.h). One small function for each request.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// A page, in bytes. The kernels this is built for have no other size.
+pub const PAGE: u64 = 4096;
+
+/// Pages by what the kernel says of them (`PAGE_IS_*`, linux/fs.h).
+pub mod category {
+    /// Written since it was last write-protected.
+    pub const WRITTEN: u64 = 1 << 1;
+    /// Page cache or shared memory, not the task's own.
+    pub const FILE: u64 = 1 << 2;
+    /// In memory.
+    pub const PRESENT: u64 = 1 << 3;
+    /// In swap.
+    pub const SWAPPED: u64 = 1 << 4;
+    /// The shared page of zeroes.
+    pub const ZERO: u64 = 1 << 5;
+}
+
+/// `PM_SCAN_WP_MATCHING`: write-protect what is reported, at once.
+const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
+/// `PM_SCAN_CHECK_WPASYNC`: fail where an area is not registered for it.
+const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
+/// Regions one call reports at most; more take another call.
+const REGIONS: usize = 512;
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+const _: () = assert!(size_of::<ScanArg>() == 96 && size_of::<PageRegion>() == 24);
+
+/// Which pages a scan reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scan {
+    /// The task's own pages that have content: what CRIU would save (`pmc_fill` in criu/pagemap-cache.c, 4.2).
+    Content,
+    /// Of those, the ones written since they were last protected.
+    Written,
+    /// The same, and each is protected again in the same step.
+    TakeWritten,
+}
+
+/// Calls `found` with every range of pages in `[start, end)` that matches, in order. `pagemap` is `/proc/<pid>/pagemap`.
+///
+/// # Errors
+/// `EPERM` for `Written` and `TakeWritten` where an area is not registered for asynchronous write protection: what was
+/// found until then may not be all. `ENOTTY` before Linux 6.7.
+pub fn scan(pagemap: &File, start: u64, end: u64, what: Scan, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
+    let mut regions = [PageRegion::default(); REGIONS];
+    let written = if what == Scan::Content { 0 } else { category::WRITTEN };
+    let flags = match what {
+        Scan::Content => 0,
+        Scan::Written => PM_SCAN_CHECK_WPASYNC,
+        Scan::TakeWritten => PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+    };
+    let mut at = start;
+    while at < end {
+        let mut arg = ScanArg {
+            size: size_of::<ScanArg>() as u64,
+            flags,
+            start: at,
+            end,
+            vec: regions.as_mut_ptr() as u64,
+            vec_len: REGIONS as u64,
+            category_inverted: category::ZERO | category::FILE,
+            category_mask: category::ZERO | category::FILE | written,
+            category_anyof_mask: category::PRESENT | category::SWAPPED,
+            return_mask: category::PRESENT | category::SWAPPED,
+            ..ScanArg::default()
+        };
+        // SAFETY: the argument and the vector it points to outlive the call and have the sizes they say.
+        let count = unsafe { request::pagemap_scan(pagemap.as_raw_fd(), &raw mut arg) }?;
+        for region in regions.iter().take(usize::try_from(count).unwrap_or(0)) {
+            found(region.start, region.end);
+        }
+        if arg.walk_end <= at {
+            return Err(io::Error::other("the kernel's page scan does not get on"));
+        }
+        at = arg.walk_end;
+    }
+    Ok(())
+}
+
+/// `UFFD_API`.
+const UFFD_API: u64 = 0xaa;
+/// `UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_PAGEFAULT_FLAG_WP`.
+const FEATURES_WP_ASYNC: u64 = (1 << 13) | (1 << 15) | (1 << 0);
+/// `UFFDIO_REGISTER_MODE_WP`.
+const REGISTER_MODE_WP: u64 = 1 << 1;
+
+#[repr(C)]
+struct UffdApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdRange {
+    start: u64,
+    len: u64,
+}
+
+#[repr(C)]
+struct UffdRegister {
+    range: UffdRange,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdCopy {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copy: i64,
+}
+
+#[repr(C)]
+struct UffdZeropage {
+    range: UffdRange,
+    mode: u64,
+    zeropage: i64,
+}
+
+const _: () = assert!(size_of::<UffdCopy>() == 40 && size_of::<UffdRegister>() == 32);
+
+/// The requests themselves.
+mod request {
+    #![allow(missing_docs, unreachable_pub, reason = "what the macros make; the functions below say what they do")]
+    use super::{ScanArg, UffdApi, UffdCopy, UffdRange, UffdRegister, UffdZeropage};
+
+    nix::ioctl_readwrite!(pagemap_scan, b'f', 16, ScanArg);
+    nix::ioctl_readwrite!(uffdio_api, 0xaa, 0x3f, UffdApi);
+    nix::ioctl_readwrite!(uffdio_register, 0xaa, 0x00, UffdRegister);
+    nix::ioctl_read!(uffdio_wake, 0xaa, 0x02, UffdRange);
+    nix::ioctl_readwrite!(uffdio_copy, 0xaa, 0x03, UffdCopy);
+    nix::ioctl_readwrite!(uffdio_zeropage, 0xaa, 0x04, UffdZeropage);
+}
+
+/// Turns a fresh userfaultfd, of whatever task, into one for asynchronous write protection: the kernel resolves such
+/// faults by itself, nobody has to read them.
+///
+/// # Errors
+/// `EINVAL` before Linux 6.7.
+pub fn begin_write_tracking(uffd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut api = UffdApi { api: UFFD_API, features: FEATURES_WP_ASYNC, ioctls: 0 };
+    // SAFETY: the argument outlives the call.
+    unsafe { request::uffdio_api(uffd.as_raw_fd(), &raw mut api) }?;
+    Ok(())
+}
+
+/// Registers an area for write protection.
+///
+/// # Errors
+/// `EBUSY`: another userfaultfd has it; `EINVAL`: there is no such area, or of a kind that can't be tracked; `ENOMEM`, `ESRCH`: the
+/// address space is gone.
+pub fn register_write_tracking(uffd: BorrowedFd<'_>, start: u64, end: u64) -> io::Result<()> {
+    let mut register = UffdRegister { range: UffdRange { start, len: end - start }, mode: REGISTER_MODE_WP, ioctls: 0 };
+    // SAFETY: the argument outlives the call.
+    unsafe { request::uffdio_register(uffd.as_raw_fd(), &raw mut register) }?;
+    Ok(())
+}
+
+/// What became of an attempt to put pages in place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placed {
+    /// So many bytes from the beginning.
+    Bytes(u64),
+    /// There is a page already at the beginning.
+    Exists,
+    /// The beginning is in no registered area any more.
+    Gone,
+    /// An event has to be read first.
+    Event,
+    /// The address space is gone.
+    Ended,
+}
+
+fn placed(result: nix::Result<i32>, done: i64, len: u64) -> io::Result<Placed> {
+    use nix::errno::Errno;
+    match result {
+        Ok(_) => Ok(Placed::Bytes(len)),
+        Err(Errno::EAGAIN) if done > 0 => Ok(Placed::Bytes(done.unsigned_abs())),
+        Err(Errno::EAGAIN) => Ok(Placed::Event),
+        Err(Errno::EEXIST) => Ok(Placed::Exists),
+        Err(Errno::ENOENT | Errno::EINVAL | Errno::EFAULT) => Ok(Placed::Gone),
+        Err(Errno::ESRCH) => Ok(Placed::Ended),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Copies `source`, whole pages, to `address` in the address space of `uffd` and wakes who waits for them.
+///
+/// # Errors
+/// `ENOMEM`: the container's memory limit, or the host's memory, is used up.
+pub fn copy_pages(uffd: BorrowedFd<'_>, address: u64, source: &[u8]) -> io::Result<Placed> {
+    let len = source.len() as u64;
+    let mut copy = UffdCopy { dst: address, src: source.as_ptr() as u64, len, mode: 0, copy: 0 };
+    // SAFETY: the source is readable for its length during the call; the destination is the kernel's to check.
+    let result = unsafe { request::uffdio_copy(uffd.as_raw_fd(), &raw mut copy) };
+    placed(result, copy.copy, len)
+}
+
+/// Puts pages of zeroes at `address` and wakes who waits for them.
+///
+/// # Errors
+/// As of [`copy_pages`].
+pub fn zero_pages(uffd: BorrowedFd<'_>, address: u64, len: u64) -> io::Result<Placed> {
+    let mut zero = UffdZeropage { range: UffdRange { start: address, len }, mode: 0, zeropage: 0 };
+    // SAFETY: the argument outlives the call.
+    let result = unsafe { request::uffdio_zeropage(uffd.as_raw_fd(), &raw mut zero) };
+    placed(result, zero.zeropage, len)
+}
+
+/// Wakes who waits for pages that are there already.
+///
+/// # Errors
+/// None that matters: a range nobody waits for is fine.
+pub fn wake(uffd: BorrowedFd<'_>, address: u64, len: u64) -> io::Result<()> {
+    let mut range = UffdRange { start: address, len };
+    // SAFETY: the argument outlives the call.
+    unsafe { request::uffdio_wake(uffd.as_raw_fd(), &raw mut range) }?;
+    Ok(())
+}
+
+/// What a userfaultfd tells (`struct uffd_msg`).
+#[derive(Debug)]
+pub enum UffdEvent {
+    /// A task waits for the page at this address.
+    Fault(u64),
+    /// The task forked; the child's memory comes with a descriptor of its own.
+    Fork(OwnedFd),
+    /// An area moved.
+    Remap {
+        /// Where it was.
+        from: u64,
+        /// Where it is.
+        to: u64,
+        /// Its length at its new place, in bytes.
+        len: u64,
+    },
+    /// Content was given up: zeroes from now on.
+    Remove {
+        /// From.
+        start: u64,
+        /// To.
+        end: u64,
+    },
+    /// Unmapped.
+    Unmap {
+        /// From.
+        start: u64,
+        /// To.
+        end: u64,
+    },
+}
+
+/// Bytes of one message.
+const MESSAGE: usize = 32;
+
+/// Reads the next event; nothing if there is none now.
+///
+/// # Errors
+/// Those of read(2).
+pub fn next_event(uffd: BorrowedFd<'_>) -> io::Result<Option<UffdEvent>> {
+    const FAULT: u8 = 0x12;
+    const FORK: u8 = 0x13;
+    const REMAP: u8 = 0x14;
+    const REMOVE: u8 = 0x15;
+    const UNMAP: u8 = 0x16;
+    let mut message = [0u8; MESSAGE];
+    match nix::unistd::read(uffd, &mut message) {
+        Ok(MESSAGE) => {}
+        Ok(_) | Err(nix::errno::Errno::EAGAIN) => return Ok(None),
+        Err(errno) => return Err(errno.into()),
+    }
+    let word = |index: usize| {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&message[8 + index * 8..16 + index * 8]);
+        u64::from_ne_bytes(bytes)
+    };
+    Ok(Some(match message[0] {
+        FAULT => UffdEvent::Fault(word(1)),
+        FORK => {
+            let fd = RawFd::from_ne_bytes([message[8], message[9], message[10], message[11]]);
+            // SAFETY: the kernel has just installed this descriptor for the reader of the event.
+            UffdEvent::Fork(unsafe { OwnedFd::from_raw_fd(fd) })
+        }
+        REMAP => UffdEvent::Remap { from: word(0), to: word(1), len: word(2) },
+        REMOVE => UffdEvent::Remove { start: word(0), end: word(1) },
+        UNMAP => UffdEvent::Unmap { start: word(0), end: word(1) },
+        other => return Err(io::Error::other(format!("userfaultfd event {other:#x} is not known"))),
+    }))
+}
+
+/// A file of memory, mapped.
+#[derive(Debug)]
+pub struct Mapping {
+    start: *mut libc::c_void,
+    length: usize,
+}
+
+// SAFETY: a mapping is memory like any other; this type gives out shared views of it only.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps the first `length` bytes of `file` for reading. The file must be nobody else's to write or cut: the agent's own, on its
+    /// memory filesystem.
+    ///
+    /// # Errors
+    /// Those of mmap(2).
+    pub fn of(file: &File, length: u64) -> io::Result<Self> {
+        let length = usize::try_from(length).map_err(io::Error::other)?;
+        if length == 0 {
+            return Ok(Self { start: std::ptr::NonNull::dangling().as_ptr(), length });
+        }
+        // SAFETY: a new mapping at a place of the kernel's choice.
+        let start = unsafe {
+            libc::mmap(std::ptr::null_mut(), length, libc::PROT_READ, libc::MAP_SHARED, file.as_fd().as_raw_fd(), 0)
+        };
+        if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(Self { start, length }) }
+    }
+
+    /// Its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: mapped for as long as `self` lives, and the file's owner keeps it as long.
+        unsafe { std::slice::from_raw_parts(self.start.cast(), self.length) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if self.length > 0 {
+            // SAFETY: mapped by `of` with this length.
+            unsafe { libc::munmap(self.start, self.length) };
+        }
+    }
+}

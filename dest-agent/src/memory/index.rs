@@ -1,0 +1,86 @@
+//! Where each page of an address space lies in the store: written once when all has arrived, read by the filler.
+//!
+//! ```text
+//! u64 number of ranges | per range: u64 first page, u64 end | u32 slot for each page of the ranges, in order
+//! ```
+
+use std::io::{self, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// In place of a slot: the page is zero.
+pub const ZERO: u32 = u32::MAX - 1;
+/// Set in a slot that several pages share: it must stay until the last of them has it.
+pub const SHARED: u32 = 1 << 31;
+
+/// The index of one address space.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Index {
+    /// Ranges of page numbers, in order, each with where its slots begin in `slots`.
+    pub ranges: Vec<(Range<u64>, usize)>,
+    /// A slot for each page.
+    pub slots: Vec<u32>,
+}
+
+impl Index {
+    /// The file of an address space.
+    pub fn path(dir: &Path, space: u32) -> PathBuf {
+        dir.join(format!("space-{space}"))
+    }
+
+    /// Writes one.
+    pub fn write(to: &mut impl Write, ranges: &[Range<u64>], slots: &[u32]) -> io::Result<()> {
+        to.write_all(&(ranges.len() as u64).to_le_bytes())?;
+        for range in ranges {
+            to.write_all(&range.start.to_le_bytes())?;
+            to.write_all(&range.end.to_le_bytes())?;
+        }
+        let bytes: Vec<u8> = slots.iter().flat_map(|slot| slot.to_le_bytes()).collect();
+        to.write_all(&bytes)
+    }
+
+    /// Reads one.
+    pub fn read(path: &Path) -> io::Result<Self> {
+        let bytes = std::fs::read(path)?;
+        Self::parse(&bytes).ok_or_else(|| io::Error::other(format!("{} is damaged", path.display())))
+    }
+
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let (count, mut rest) = split_u64(bytes)?;
+        let mut ranges = Vec::new();
+        let mut pages = 0usize;
+        for _ in 0..count {
+            let (start, after) = split_u64(rest)?;
+            let (end, after) = split_u64(after)?;
+            rest = after;
+            ranges.push((start..end, pages));
+            pages = pages.checked_add(usize::try_from(end.checked_sub(start)?).ok()?)?;
+        }
+        if rest.len() != pages.checked_mul(4)? {
+            return None;
+        }
+        let slots = rest.chunks_exact(4).map(|four| u32::from_le_bytes([four[0], four[1], four[2], four[3]])).collect();
+        Some(Self { ranges, slots })
+    }
+}
+
+fn split_u64(bytes: &[u8]) -> Option<(u64, &[u8])> {
+    let (eight, rest) = bytes.split_at_checked(8)?;
+    Some((u64::from_le_bytes(eight.try_into().ok()?), rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read() {
+        let mut bytes = Vec::new();
+        Index::write(&mut bytes, &[5..7, 9..10], &[1, ZERO, 3 | SHARED]).expect("writes");
+        let index = Index::parse(&bytes).expect("reads");
+        assert_eq!(index.ranges, [(5..7, 0), (9..10, 2)]);
+        assert_eq!(index.slots, [1, ZERO, 3 | SHARED]);
+        assert_eq!(Index::parse(&bytes[..bytes.len() - 1]), None);
+        assert_eq!(Index::parse(b"short"), None);
+    }
+}

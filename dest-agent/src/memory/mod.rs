@@ -1,0 +1,14 @@
+//! A container's memory at its destination: the store it arrives in, and the filler that puts it in place.
+//!
+//! Pages come over the page connection ([`receive`]) into the [`store`]. When all that counts has arrived, an
+//! [`index`] of every address space is written, CRIU restores the container without its pages, and the [`filler`], a
+//! process of its own, answers its page faults and fills in the rest by a [`plan`].
+
+pub mod channel;
+pub mod filler;
+pub mod handle;
+pub mod index;
+pub mod keeper;
+pub mod plan;
+pub mod receive;
+pub mod store;

@@ -1,0 +1,384 @@
+//! The source's end of a page connection: writes frames, counts answers, and connects again where it broke.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use longhaul_common::pages::{Header, Hello, Kind, MAX_TEXT, REPLY, Reply, encode_records};
+use longhaul_common::tls::{Identity, PeerAddress, TlsError, connect_pages};
+use thiserror::Error;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, watch};
+use tokio_rustls::client::TlsStream;
+
+use super::pump::Frame;
+
+/// Frames between the thread that reads memory and the connection: enough to hide each other's pauses.
+const QUEUE: usize = 4;
+/// Content that was sent and not acknowledged, in bytes: it has to be kept until it is. Enough for 10 Gbit/s at 25 ms.
+const WINDOW_BYTES: usize = 32 << 20;
+/// How long a broken connection may take to come back.
+const RECONNECT_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a broken connection's last answer is waited for.
+const LAST_WORD: Duration = Duration::from_millis(200);
+/// How often it is tried.
+const RECONNECT_EVERY: Duration = Duration::from_millis(100);
+
+/// A page connection that can't be used.
+#[derive(Debug, Error, Clone)]
+pub enum LinkError {
+    /// It can't be made.
+    #[error("{0}")]
+    Connect(String),
+    /// The destination refuses.
+    #[error("the destination refused the container's memory: {0}")]
+    Refused(String),
+    /// It broke and did not come back.
+    #[error("the page connection to the destination broke and did not come back within 10 s: {0}")]
+    Broken(String),
+}
+
+impl From<TlsError> for LinkError {
+    fn from(error: TlsError) -> Self {
+        Self::Connect(longhaul_common::chain(&error))
+    }
+}
+
+/// How far a link is.
+#[derive(Debug, Clone, Default)]
+struct Progress {
+    acknowledged: u64,
+    /// Bytes written to the connection, headers included.
+    wire_bytes: u64,
+    failed: Option<LinkError>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Link {
+    frames: mpsc::Sender<Frame>,
+    progress: watch::Receiver<Progress>,
+    barrier: mpsc::Sender<watch::Sender<u64>>,
+    limit: watch::Sender<Option<u64>>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+/// Reads how much a link has written.
+#[derive(Debug, Clone)]
+pub struct Meter(watch::Receiver<Progress>);
+
+impl Meter {
+    /// Bytes so far, headers included.
+    pub fn bytes(&self) -> u64 {
+        self.0.borrow().wire_bytes
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Link {
+    /// Connects. `limit` is the most bytes a second, if there is one.
+    pub async fn connect(
+        identity: &Identity,
+        address: &PeerAddress,
+        migration: &str,
+        limit: Option<u64>,
+    ) -> Result<Self, LinkError> {
+        let hello = Hello { migration: migration.to_owned(), stream: 0 };
+        let dialer = Dialer { identity: identity.clone(), address: address.clone(), hello };
+        let (connection, last) = dialer.dial().await?;
+        let (frames, queue) = mpsc::channel(QUEUE);
+        let (barrier, barriers) = mpsc::channel(1);
+        let (report, progress) = watch::channel(Progress::default());
+        let (limit, limits) = watch::channel(limit);
+        let writer = Writer {
+            dialer,
+            queue,
+            barriers,
+            report,
+            limits,
+            unacknowledged: VecDeque::new(),
+            unacknowledged_bytes: 0,
+            sequence: last,
+            not_before: Instant::now(),
+        };
+        let task = tokio::spawn(writer.run(connection));
+        Ok(Self { frames, progress, barrier, limit, task })
+    }
+
+    /// Where frames go.
+    pub fn frames(&self) -> mpsc::Sender<Frame> {
+        self.frames.clone()
+    }
+
+    /// From now on as fast as it can.
+    pub fn unlimit(&self) {
+        self.limit.send_replace(None);
+    }
+
+    /// Bytes written so far.
+    pub fn wire_bytes(&self) -> u64 {
+        self.meter().bytes()
+    }
+
+    /// For others to read.
+    pub fn meter(&self) -> Meter {
+        Meter(self.progress.clone())
+    }
+
+    /// Waits until everything that was given to it has been stored.
+    pub async fn settle(&self) -> Result<(), LinkError> {
+        let broken = || {
+            let failed = self.progress.borrow().failed.clone();
+            failed.unwrap_or_else(|| LinkError::Broken("it ended".to_owned()))
+        };
+        let (answer, mut sequence) = watch::channel(0);
+        self.barrier.send(answer).await.map_err(|_| broken())?;
+        sequence.changed().await.map_err(|_| broken())?;
+        let wanted = *sequence.borrow();
+        let mut progress = self.progress.clone();
+        let reached = progress.wait_for(|progress| progress.failed.is_some() || progress.acknowledged >= wanted).await;
+        match reached.map_err(|_| broken())?.failed.clone() {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    /// Why it ended.
+    pub async fn failure(&self) -> LinkError {
+        let mut progress = self.progress.clone();
+        match progress.wait_for(|progress| progress.failed.is_some()).await {
+            Ok(progress) => progress.failed.clone().unwrap_or_else(|| LinkError::Broken("it ended".to_owned())),
+            Err(_) => LinkError::Broken("it ended".to_owned()),
+        }
+    }
+}
+
+/// Makes connections.
+struct Dialer {
+    identity: Identity,
+    address: PeerAddress,
+    hello: Hello,
+}
+
+impl Dialer {
+    /// A connection, and the last frame the destination has stored.
+    async fn dial(&self) -> Result<(TlsStream<TcpStream>, u64), LinkError> {
+        let mut connection = connect_pages(&self.identity, &self.address).await?;
+        let failed = |error: io::Error| LinkError::Connect(format!("the page connection was not taken: {error}"));
+        connection.write_all(&self.hello.encode()).await.map_err(failed)?;
+        connection.flush().await.map_err(failed)?;
+        match read_reply(&mut connection).await.map_err(failed)? {
+            Ok(last) => Ok((connection, last)),
+            Err(reason) => Err(LinkError::Refused(reason)),
+        }
+    }
+
+    async fn dial_again(&self, why: &str) -> Result<(TlsStream<TcpStream>, u64), LinkError> {
+        let end = Instant::now() + RECONNECT_DEADLINE;
+        tracing::warn!(why, "the page connection broke; connecting again");
+        loop {
+            match self.dial().await {
+                Ok(dialed) => return Ok(dialed),
+                Err(refused @ LinkError::Refused(_)) => return Err(refused),
+                Err(_) if Instant::now() > end => return Err(LinkError::Broken(why.to_owned())),
+                Err(_) => tokio::time::sleep(RECONNECT_EVERY).await,
+            }
+        }
+    }
+}
+
+/// One answer: the frame it acknowledges, or the text of a refusal.
+async fn read_reply(reader: &mut (impl AsyncReadExt + Unpin)) -> io::Result<Result<u64, String>> {
+    let mut bytes = [0; REPLY];
+    reader.read_exact(&mut bytes).await?;
+    match Reply::decode(bytes).map_err(io::Error::other)? {
+        Reply::Ack(sequence) => Ok(Ok(sequence)),
+        Reply::Refused(length) => {
+            let mut text = vec![0; (length as usize).min(MAX_TEXT)];
+            reader.read_exact(&mut text).await?;
+            Ok(Err(String::from_utf8_lossy(&text).into_owned()))
+        }
+    }
+}
+
+/// A frame as it travels, kept until it is acknowledged.
+struct Sent {
+    sequence: u64,
+    head: Vec<u8>,
+    payload: Vec<u8>,
+}
+
+struct Writer {
+    dialer: Dialer,
+    queue: mpsc::Receiver<Frame>,
+    barriers: mpsc::Receiver<watch::Sender<u64>>,
+    report: watch::Sender<Progress>,
+    limits: watch::Receiver<Option<u64>>,
+    unacknowledged: VecDeque<Arc<Sent>>,
+    unacknowledged_bytes: usize,
+    sequence: u64,
+    not_before: Instant,
+}
+
+impl Writer {
+    async fn run(mut self, connection: TlsStream<TcpStream>) {
+        let mut connection = connection;
+        loop {
+            let why = match self.write(connection).await {
+                Ok(()) => return,
+                Err(Ended::Refused(reason)) => return self.fail(LinkError::Refused(reason)),
+                Err(Ended::Broken(why)) => why,
+            };
+            let dialed = self.dialer.dial_again(&why).await;
+            match dialed {
+                Ok((again, last)) => {
+                    self.acknowledge(last);
+                    connection = again;
+                }
+                Err(error) => return self.fail(error),
+            }
+        }
+    }
+
+    fn fail(&mut self, error: LinkError) {
+        self.report.send_modify(|progress| progress.failed = Some(error));
+        self.queue.close();
+    }
+
+    fn acknowledge(&mut self, sequence: u64) {
+        while self.unacknowledged.front().is_some_and(|sent| sent.sequence <= sequence) {
+            if let Some(sent) = self.unacknowledged.pop_front() {
+                self.unacknowledged_bytes -= sent.payload.len();
+            }
+        }
+        self.report.send_modify(|progress| progress.acknowledged = progress.acknowledged.max(sequence));
+    }
+
+    /// Writes to one connection until the queue or the connection ends.
+    async fn write(&mut self, connection: TlsStream<TcpStream>) -> Result<(), Ended> {
+        let (reader, mut writer) = tokio::io::split(connection);
+        let (acks, mut acknowledged) = mpsc::channel(64);
+        let reading = Reading(tokio::spawn(read_acks(reader, acks)));
+        let ended = self.write_frames(&mut writer, &mut acknowledged).await;
+        if let Err(Ended::Broken(_)) = &ended {
+            // A destination that refuses closes the connection, which may be seen before its reason is.
+            let reason = async {
+                while let Some(ack) = acknowledged.recv().await {
+                    if let Err(refused @ Ended::Refused(_)) = ack {
+                        return Some(refused);
+                    }
+                }
+                None
+            };
+            if let Ok(Some(refused)) = tokio::time::timeout(LAST_WORD, reason).await {
+                return Err(refused);
+            }
+        }
+        drop(reading);
+        ended
+    }
+
+    async fn write_frames(
+        &mut self,
+        writer: &mut WriteHalf<TlsStream<TcpStream>>,
+        acknowledged: &mut mpsc::Receiver<Result<u64, Ended>>,
+    ) -> Result<(), Ended> {
+        for sent in self.unacknowledged.clone() {
+            self.write_one(writer, &sent).await?;
+        }
+        loop {
+            let full = self.unacknowledged_bytes >= WINDOW_BYTES;
+            tokio::select! {
+                biased;
+                ack = acknowledged.recv() => match ack {
+                    Some(Ok(sequence)) => self.acknowledge(sequence),
+                    Some(Err(ended)) => return Err(ended),
+                    None => return Err(Ended::Broken("it was closed".to_owned())),
+                },
+                frame = self.queue.recv(), if !full => {
+                    let Some(frame) = frame else { return Ok(()) };
+                    let sent = self.number(frame);
+                    self.write_one(writer, &sent).await?;
+                }
+                // After the queue: everything that was in it has its number now.
+                Some(barrier) = self.barriers.recv(), if self.queue.is_empty() => { barrier.send_replace(self.sequence); }
+            }
+        }
+    }
+
+    fn number(&mut self, frame: Frame) -> Arc<Sent> {
+        self.sequence += 1;
+        let header = Header {
+            kind: frame.kind,
+            packed: frame.packed,
+            records: frame.records.len() as u32,
+            payload: frame.payload.len() as u32,
+            raw: frame.raw as u32,
+            space: frame.space,
+            sequence: self.sequence,
+            checksum: frame.checksum,
+        };
+        let head = [header.encode().as_slice(), &encode_records(&frame.records)].concat();
+        let sent = Arc::new(Sent { sequence: self.sequence, head, payload: frame.payload });
+        self.unacknowledged_bytes += sent.payload.len();
+        self.unacknowledged.push_back(sent.clone());
+        if frame.kind == Kind::End {
+            tracing::debug!(frames = self.sequence, "all memory was given to the connection");
+        }
+        sent
+    }
+
+    async fn write_one(&mut self, writer: &mut WriteHalf<TlsStream<TcpStream>>, sent: &Sent) -> Result<(), Ended> {
+        let bytes = sent.head.len() + sent.payload.len();
+        let limit = *self.limits.borrow_and_update();
+        if let Some(limit) = limit {
+            tokio::select! {
+                () = tokio::time::sleep_until(self.not_before.into()) => {}
+                _ = self.limits.changed() => {}
+            }
+            let pause = Duration::from_secs_f64(bytes as f64 / limit.max(1) as f64);
+            self.not_before = self.not_before.max(Instant::now()) + pause;
+        }
+        let broken = |error: io::Error| Ended::Broken(error.to_string());
+        writer.write_all(&sent.head).await.map_err(broken)?;
+        writer.write_all(&sent.payload).await.map_err(broken)?;
+        writer.flush().await.map_err(broken)?;
+        self.report.send_modify(|progress| progress.wire_bytes += bytes as u64);
+        Ok(())
+    }
+}
+
+enum Ended {
+    Refused(String),
+    Broken(String),
+}
+
+/// A task that ends with its owner.
+struct Reading(tokio::task::JoinHandle<()>);
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+async fn read_acks(mut reader: ReadHalf<TlsStream<TcpStream>>, acks: mpsc::Sender<Result<u64, Ended>>) {
+    loop {
+        let answer = match read_reply(&mut reader).await {
+            Ok(Ok(sequence)) => Ok(sequence),
+            Ok(Err(reason)) => Err(Ended::Refused(reason)),
+            Err(error) => Err(Ended::Broken(error.to_string())),
+        };
+        let last = answer.is_err();
+        if acks.send(answer).await.is_err() || last {
+            return;
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! The areas of an address space, as `/proc/<pid>/maps` and `smaps` tell (proc_pid_maps(5), proc_pid_smaps(5)).
+
+use std::io;
+use std::ops::Range;
+
+use longhaul_common::sys::memory::PAGE;
+
+/// Pages by address, `[start, end)`.
+pub type Area = Range<u64>;
+
+/// The private anonymous areas of a task, in order. Some of them CRIU treats in its own way: [`special`] tells which.
+pub fn private_anonymous(pid: i32) -> io::Result<Vec<Area>> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    Ok(text.lines().filter_map(parse).collect())
+}
+
+fn parse(line: &str) -> Option<Area> {
+    let mut words = line.split_ascii_whitespace();
+    let (range, permissions) = (words.next()?, words.next()?);
+    let (_offset, _device, inode) = (words.next()?, words.next()?, words.next()?);
+    let is_anonymous = match words.next() {
+        None => true,
+        Some(name) => name == "[heap]" || name == "[stack]" || name.starts_with("[anon:"),
+    };
+    if !permissions.ends_with('p') || inode != "0" || !is_anonymous {
+        return None;
+    }
+    range_of(range)
+}
+
+fn range_of(text: &str) -> Option<Area> {
+    let (start, end) = text.split_once('-')?;
+    Some(u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?)
+}
+
+/// Areas that CRIU does not restore lazily, or not at all: locked, of huge pages, droppable, shadow stacks
+/// (`vma_entry_can_be_lazy` in criu/include/vma.h, `generate_vma_iovs` in criu/mem.c, 4.2).
+///
+/// Reads the whole page tables: some 15 ms for each GiB.
+pub fn special(pid: i32) -> io::Result<Vec<Area>> {
+    const FLAGS: [&str; 4] = ["lo", "ht", "dp", "ss"];
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let mut current = None;
+    let mut found = Vec::new();
+    for line in text.lines() {
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            if flags.split_ascii_whitespace().any(|flag| FLAGS.contains(&flag)) {
+                found.extend(current.take());
+            }
+        } else if let Some(area) = line.split(' ').next().and_then(range_of) {
+            current = Some(area);
+        }
+    }
+    Ok(found)
+}
+
+/// A figure of `/proc/<pid>/status` that is given in kB, in bytes; 0 if there is none.
+pub fn status_bytes(pid: i32, name: &str) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let kib = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':')?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kib.unwrap_or(0) << 10
+}
+
+/// The id a task has inside its container: CRIU's images and its lazy pages go by that. `init` is the container's first
+/// task, whose level of PID namespaces counts.
+pub fn inner_pid(pid: i32, init: i32) -> Option<u32> {
+    let ids = |pid: i32| {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("NSpid:"))?.to_owned();
+        Some(line.split_ascii_whitespace().filter_map(|id| id.parse::<u32>().ok()).collect::<Vec<_>>())
+    };
+    let level = ids(init)?.len().checked_sub(1)?;
+    ids(pid)?.get(level).copied()
+}
+
+/// Pages of a stopped task that must be there before it runs again. Those that hold its threads' stack pointers: CRIU's
+/// restorer needs them (`is_stack` in criu/mem.c). And those of its arguments and environment: who reads
+/// `/proc/<pid>/cmdline` can't wait for a page (`access_remote_vm`), and would see none.
+pub fn early_pages(pid: i32) -> io::Result<Vec<u64>> {
+    let mut pages = argument_pages(&std::fs::read_to_string(format!("/proc/{pid}/stat"))?);
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
+        // "number arguments… sp pc", or "-1 sp pc" outside of a system call (proc_pid_syscall(5)).
+        let line = std::fs::read_to_string(thread.path().join("syscall"))?;
+        let words: Vec<&str> = line.split_ascii_whitespace().collect();
+        let pointer = words
+            .len()
+            .checked_sub(2)
+            .and_then(|index| u64::from_str_radix(words.get(index)?.trim_start_matches("0x"), 16).ok())
+            .ok_or_else(|| io::Error::other(format!("a thread of task {pid} is not stopped: {line:?}")))?;
+        pages.push(pointer & !(PAGE - 1));
+    }
+    pages.sort_unstable();
+    pages.dedup();
+    Ok(pages)
+}
+
+/// From `arg_start`, `arg_end`, `env_start` and `env_end`, fields 48 to 51 of `/proc/<pid>/stat` (proc_pid_stat(5)).
+fn argument_pages(stat: &str) -> Vec<u64> {
+    // The second field, a name in parentheses, may hold anything.
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    let fields: Vec<u64> =
+        after_name.split_ascii_whitespace().skip(45).take(4).map(|field| field.parse().unwrap_or(0)).collect();
+    let mut pages = Vec::new();
+    for ends in fields.chunks_exact(2) {
+        let mut page = ends[0] & !(PAGE - 1);
+        while page < ends[1] {
+            pages.push(page);
+            page += PAGE;
+        }
+    }
+    pages
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_private_anonymous_areas_are_taken() {
+        let anonymous = [
+            "7f0000000000-7f0000001000 rw-p 00000000 00:00 0 ",
+            "7f0000000000-7f0000001000 ---p 00000000 00:00 0",
+            "7f0000000000-7f0000001000 rw-p 00000000 00:00 0                          [heap]",
+            "7f0000000000-7f0000001000 rw-p 00000000 00:00 0                          [stack]",
+            "7f0000000000-7f0000001000 rw-p 00000000 00:00 0                          [anon: glibc: malloc]",
+        ];
+        for line in anonymous {
+            assert_eq!(parse(line), Some(0x7f00_0000_0000..0x7f00_0000_1000), "{line}");
+        }
+        let others = [
+            "7f0000000000-7f0000001000 rw-s 00000000 00:01 1024 /dev/zero (deleted)",
+            "7f0000000000-7f0000001000 r-xp 00000000 fe:00 55 /usr/bin/x",
+            "7f0000000000-7f0000001000 r-xp 00000000 00:00 0 [vdso]",
+            "7f0000000000-7f0000001000 r--p 00000000 00:00 0 [vvar]",
+            "nonsense",
+        ];
+        for line in others {
+            assert_eq!(parse(line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn our_own_stack_is_found() {
+        let pid = std::process::id().cast_signed();
+        let here = 0u8;
+        let address = &raw const here as u64;
+        let areas = private_anonymous(pid).expect("readable");
+        assert!(areas.iter().any(|area| area.contains(&address)));
+        let stat = std::fs::read_to_string("/proc/self/stat").expect("readable");
+        let arguments = argument_pages(&stat);
+        assert!(!arguments.is_empty());
+        assert!(arguments.iter().all(|page| areas.iter().any(|area| area.contains(page))));
+        assert!(status_bytes(pid, "VmRSS") > 0);
+    }
+}

@@ -1,0 +1,418 @@
+//! Reads pages out of the container and makes frames of them: what is zero or was sent before does not travel.
+
+use std::collections::HashMap;
+use std::io::{self, IoSliceMut};
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use longhaul_common::pages::{Kind, MAX_PAGES, MAX_RECORDS, Record, What};
+use longhaul_common::sys::memory::PAGE;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
+use thiserror::Error;
+use tokio::sync::mpsc;
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::tracker::SpacePages;
+
+const PAGE_BYTES: usize = PAGE as usize;
+/// Contents remembered for finding equal pages: 4 GiB of different pages, at some 50 bytes each. What comes after is sent
+/// without being remembered.
+const REMEMBERED: usize = 1 << 20;
+/// Frames over which it is measured whether link or processor is the bottleneck.
+const MEASURED: u32 = 8;
+/// Below this share of time spent waiting for the link, packing would make things slower.
+const LINK_BOUND: f64 = 0.5;
+/// Packing that saves less than this is not worth its time.
+const WORTH_PACKING: f64 = 0.9;
+/// After packing that was not worth it: frames until it is tried again.
+const PACK_AGAIN: u32 = 64;
+/// The fastest of zstd's ordinary levels: 0.46 GiB/s on one core.
+const LEVEL: i32 = 1;
+
+/// Pages that can't be read or sent.
+#[derive(Debug, Error)]
+pub enum PumpError {
+    /// A frozen task's page can't be read.
+    #[error("can't read page {address:#x} of task {pid}")]
+    Read {
+        /// The task.
+        pid: i32,
+        /// The page's address.
+        address: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The link takes no more; it knows why itself.
+    #[error("the page connection has ended")]
+    Closed,
+}
+
+/// A frame before it has a number.
+#[derive(Debug)]
+pub struct Frame {
+    /// What it is.
+    pub kind: Kind,
+    /// The address space.
+    pub space: u32,
+    /// Its records.
+    pub records: Vec<Record>,
+    /// The content of its pages, packed if `packed`.
+    pub payload: Vec<u8>,
+    /// Bytes of that content unpacked.
+    pub raw: usize,
+    /// Checksum of records and unpacked content.
+    pub checksum: u64,
+    /// Whether the payload is packed.
+    pub packed: bool,
+}
+
+/// What one round sent.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Pumped {
+    /// Pages looked at.
+    pub pages: u64,
+    /// Of those, zero.
+    pub zero: u64,
+    /// Of those, equal to others, or as they were sent last time.
+    pub equal: u64,
+    /// Bytes of content before packing.
+    pub raw_bytes: u64,
+    /// The same as it travelled.
+    pub packed_bytes: u64,
+    /// Time spent waiting for the link.
+    pub waited: Duration,
+}
+
+/// Whether tasks may change or end while they are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tasks {
+    /// They run: what can't be read now is found by the next round.
+    Running,
+    /// They are frozen: everything must be readable.
+    Frozen,
+}
+
+/// Where content was sent to: address space and page number.
+type Place = (u32, u64);
+
+/// What was sent, to recognise equal pages.
+#[derive(Default)]
+struct Sent {
+    /// Where the destination has this content.
+    places: HashMap<u128, Place>,
+    /// What the destination has in a place, as far as it is remembered.
+    contents: HashMap<Place, u128>,
+}
+
+/// See the module.
+#[derive(Default)]
+pub struct Pump {
+    sent: Sent,
+    packing: Packing,
+}
+
+/// Decides whether content is packed.
+#[derive(Debug, Default)]
+struct Packing {
+    on: bool,
+    frames: u32,
+    waited: Duration,
+    since: Option<Instant>,
+    pause: u32,
+}
+
+impl Packing {
+    /// Takes the measure of one more frame.
+    fn note(&mut self, waited: Duration) {
+        self.waited += waited;
+        self.frames += 1;
+        let since = *self.since.get_or_insert_with(Instant::now);
+        self.pause = self.pause.saturating_sub(1);
+        if self.frames < MEASURED {
+            return;
+        }
+        let share = self.waited.as_secs_f64() / since.elapsed().as_secs_f64().max(1e-9);
+        // Once packing is on, the link waits for us rather than we for it: only a link that is hardly used turns it off.
+        self.on = self.pause == 0 && if self.on { share > LINK_BOUND / 10.0 } else { share > LINK_BOUND };
+        (self.frames, self.waited, self.since) = (0, Duration::ZERO, Some(Instant::now()));
+    }
+
+    fn pack(&mut self, raw: &[u8]) -> Option<Vec<u8>> {
+        if !self.on {
+            return None;
+        }
+        let packed = zstd::bulk::compress(raw, LEVEL).ok()?;
+        if packed.len() as f64 > raw.len() as f64 * WORTH_PACKING {
+            self.on = false;
+            self.pause = PACK_AGAIN;
+            return None;
+        }
+        Some(packed)
+    }
+}
+
+/// Reads of one batch: where each page comes from.
+struct Batch<'a> {
+    space: &'a SpacePages,
+    addresses: Vec<u64>,
+}
+
+impl Pump {
+    /// Sends the pages of all address spaces. On failure nothing says which of them have arrived.
+    pub fn send(
+        &mut self,
+        pages: &[SpacePages],
+        tasks: Tasks,
+        frames: &mpsc::Sender<Frame>,
+    ) -> Result<Pumped, PumpError> {
+        let mut pumped = Pumped::default();
+        for space in pages {
+            let mut batch = Batch { space, addresses: Vec::with_capacity(MAX_PAGES) };
+            for range in &space.ranges {
+                let mut address = range.start;
+                while address < range.end {
+                    batch.addresses.push(address);
+                    address += PAGE;
+                    if batch.addresses.len() == MAX_PAGES {
+                        self.send_batch(&mut batch, tasks, frames, &mut pumped)?;
+                    }
+                }
+            }
+            if !batch.addresses.is_empty() {
+                self.send_batch(&mut batch, tasks, frames, &mut pumped)?;
+            }
+        }
+        Ok(pumped)
+    }
+
+    /// Tells which pages count in the end, and that this is the end.
+    pub fn finish(content: &[SpacePages], frames: &mpsc::Sender<Frame>) -> Result<(), PumpError> {
+        let frame = |kind, space, records: Vec<Record>| Frame {
+            kind,
+            space,
+            checksum: longhaul_common::pages::checksum(&longhaul_common::pages::encode_records(&records), &[]),
+            records,
+            payload: Vec::new(),
+            raw: 0,
+            packed: false,
+        };
+        for space in content {
+            let records: Vec<Record> = space
+                .ranges
+                .iter()
+                .flat_map(|range| {
+                    // A count has 32 bits.
+                    let (first, end) = (range.start / PAGE, range.end / PAGE);
+                    (first..end).step_by(1 << 30).map(move |page| (page, (end - page).min(1 << 30) as u32))
+                })
+                .map(|(page, count)| Record { page, count, what: What::Content })
+                .collect();
+            for records in records.chunks(MAX_RECORDS) {
+                send(frames, frame(Kind::Content, space.space, records.to_vec()))?;
+            }
+        }
+        send(frames, frame(Kind::End, 0, Vec::new())).map(drop)
+    }
+
+    fn send_batch(
+        &mut self,
+        batch: &mut Batch<'_>,
+        tasks: Tasks,
+        frames: &mpsc::Sender<Frame>,
+        pumped: &mut Pumped,
+    ) -> Result<(), PumpError> {
+        let mut buffer = vec![0; batch.addresses.len() * PAGE_BYTES];
+        read(batch.space.pid, &mut batch.addresses, &mut buffer, tasks)?;
+        let mut records: Vec<Record> = Vec::new();
+        let mut kept = 0;
+        for (index, address) in batch.addresses.drain(..).enumerate() {
+            pumped.pages += 1;
+            let bytes = index * PAGE_BYTES..(index + 1) * PAGE_BYTES;
+            let place = (batch.space.space, address / PAGE);
+            let what = self.sent.look(place, &buffer[bytes.clone()]);
+            match what {
+                None => {
+                    pumped.equal += 1;
+                    continue;
+                }
+                Some(What::Zero) => pumped.zero += 1,
+                Some(What::Same { .. }) => pumped.equal += 1,
+                Some(_) => {
+                    if kept != index {
+                        buffer.copy_within(bytes, kept * PAGE_BYTES);
+                    }
+                    kept += 1;
+                }
+            }
+            if let Some(what) = what {
+                add(&mut records, place.1, what);
+            }
+        }
+        if records.is_empty() {
+            return Ok(());
+        }
+        buffer.truncate(kept * PAGE_BYTES);
+        let checksum = longhaul_common::pages::checksum(&longhaul_common::pages::encode_records(&records), &buffer);
+        let raw = buffer.len();
+        let packed = self.packing.pack(&buffer);
+        let frame = Frame {
+            kind: Kind::Batch,
+            space: batch.space.space,
+            records,
+            raw,
+            checksum,
+            packed: packed.is_some(),
+            payload: packed.unwrap_or(buffer),
+        };
+        pumped.raw_bytes += raw as u64;
+        pumped.packed_bytes += frame.payload.len() as u64;
+        let waited = send(frames, frame)?;
+        pumped.waited += waited;
+        self.packing.note(waited);
+        Ok(())
+    }
+}
+
+/// Sends a frame on; how long that had to wait.
+fn send(frames: &mpsc::Sender<Frame>, frame: Frame) -> Result<Duration, PumpError> {
+    let start = Instant::now();
+    frames.blocking_send(frame).map_err(|_| PumpError::Closed)?;
+    Ok(start.elapsed())
+}
+
+impl Sent {
+    /// What has to be said of a page; nothing if the destination has it as it is.
+    fn look(&mut self, place: Place, page: &[u8]) -> Option<What> {
+        let zero = is_zero(page);
+        // Zero needs no search.
+        let hash = if zero { 0 } else { xxh3_128(page) };
+        let known = self.contents.get(&place) == Some(&hash);
+        if known {
+            return None;
+        }
+        let what = if zero {
+            What::Zero
+        } else {
+            match self.places.get(&hash) {
+                // It may have been overwritten since.
+                Some(other) if self.contents.get(other) == Some(&hash) => What::Same { space: other.0, page: other.1 },
+                _ => What::Data,
+            }
+        };
+        if self.contents.len() < REMEMBERED || self.contents.contains_key(&place) {
+            self.contents.insert(place, hash);
+            if what == What::Data {
+                self.places.insert(hash, place);
+            }
+        }
+        Some(what)
+    }
+}
+
+/// Appends a page to the records, to the last one if it goes on from there.
+fn add(records: &mut Vec<Record>, page: u64, what: What) {
+    if let Some(last) = records.last_mut()
+        && last.page + u64::from(last.count) == page
+    {
+        let goes_on = match (last.what, what) {
+            (What::Same { space, page }, What::Same { space: other, page: next }) => {
+                space == other && page + u64::from(last.count) == next
+            }
+            (one, other) => one == other,
+        };
+        if goes_on {
+            last.count += 1;
+            return;
+        }
+    }
+    records.push(Record { page, count: 1, what });
+}
+
+fn is_zero(page: &[u8]) -> bool {
+    // In pieces of 64 bytes, which the compiler compares with vector instructions.
+    let (pieces, rest) = page.as_chunks::<64>();
+    rest.is_empty() && pieces.iter().all(|piece| *piece == [0; 64])
+}
+
+/// Reads the pages at `addresses` into `buffer`, page by page in that order. Of a running task, pages that can't be read
+/// are taken off the list.
+fn read(pid: i32, addresses: &mut Vec<u64>, buffer: &mut [u8], tasks: Tasks) -> Result<(), PumpError> {
+    let mut done = 0;
+    while done < addresses.len() {
+        let remote = runs(&addresses[done..]);
+        let mut local = [IoSliceMut::new(&mut buffer[done * PAGE_BYTES..addresses.len() * PAGE_BYTES])];
+        // A read ends early at the first page it can't reach.
+        done += process_vm_readv(Pid::from_raw(pid), &mut local, &remote).unwrap_or(0) / PAGE_BYTES;
+        let Some(&address) = addresses.get(done) else { break };
+        let page = &mut buffer[done * PAGE_BYTES..(done + 1) * PAGE_BYTES];
+        // Without read permission of its own (PROT_NONE) it is still readable here (mem_rw in fs/proc/base.c).
+        let read = std::fs::File::open(format!("/proc/{pid}/mem")).and_then(|mem| mem.read_exact_at(page, address));
+        match (read, tasks) {
+            (Ok(()), _) => done += 1,
+            (Err(_), Tasks::Running) => {
+                addresses.remove(done);
+            }
+            (Err(source), Tasks::Frozen) => return Err(PumpError::Read { pid, address, source }),
+        }
+    }
+    Ok(())
+}
+
+/// Consecutive pages as one.
+fn runs(addresses: &[u64]) -> Vec<RemoteIoVec> {
+    let mut runs: Vec<RemoteIoVec> = Vec::new();
+    for &address in addresses {
+        let address = address as usize;
+        match runs.last_mut() {
+            Some(last) if last.base + last.len == address => last.len += PAGE_BYTES,
+            _ => runs.push(RemoteIoVec { base: address, len: PAGE_BYTES }),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_pages_are_sent_once_and_overwritten_ones_are_not_referred_to() {
+        let mut sent = Sent::default();
+        let (one, two) = (vec![1; PAGE_BYTES], vec![2; PAGE_BYTES]);
+        assert_eq!(sent.look((1, 10), &one), Some(What::Data));
+        assert_eq!(sent.look((1, 11), &one), Some(What::Same { space: 1, page: 10 }));
+        assert_eq!(sent.look((1, 10), &one), None);
+        assert_eq!(sent.look((1, 10), &two), Some(What::Data));
+        // Page 10 is not as it was, so there is nothing to refer to.
+        assert_eq!(sent.look((2, 5), &one), Some(What::Data));
+        assert_eq!(sent.look((2, 6), &vec![0; PAGE_BYTES]), Some(What::Zero));
+        assert_eq!(sent.look((2, 6), &vec![0; PAGE_BYTES]), None);
+    }
+
+    #[test]
+    fn records_grow_where_pages_follow() {
+        let mut records = Vec::new();
+        for page in [5, 6, 8] {
+            add(&mut records, page, What::Data);
+        }
+        add(&mut records, 9, What::Same { space: 1, page: 20 });
+        add(&mut records, 10, What::Same { space: 1, page: 21 });
+        add(&mut records, 11, What::Same { space: 1, page: 40 });
+        let counts: Vec<u32> = records.iter().map(|record| record.count).collect();
+        assert_eq!(counts, [2, 1, 2, 1]);
+    }
+
+    #[test]
+    fn our_own_memory_is_read() {
+        let source: Vec<u8> = (0..3 * PAGE_BYTES).map(|index| (index / 7) as u8).collect();
+        let start = (source.as_ptr() as u64).next_multiple_of(PAGE);
+        let offset = (start - source.as_ptr() as u64) as usize;
+        let mut addresses = vec![start, 4096, start + PAGE];
+        let mut buffer = vec![0; 3 * PAGE_BYTES];
+        read(std::process::id().cast_signed(), &mut addresses, &mut buffer, Tasks::Running).expect("reads");
+        assert_eq!(addresses, [start, start + PAGE]);
+        assert_eq!(buffer[..2 * PAGE_BYTES], source[offset..offset + 2 * PAGE_BYTES]);
+    }
+}

@@ -1,0 +1,285 @@
+//! Which pages a running container has written: without stopping it.
+//!
+//! Every address space gets a userfaultfd of its own in the kernel's asynchronous write-protect mode (Linux 6.7). A round
+//! is one `PAGEMAP_SCAN` of each area, which reports what was written and protects it again in one step; the first write to
+//! a protected page costs the task about 1 µs. Areas are read anew in every round: one that is not registered yet, because
+//! it is new, moved, or of a task that forked or executed another program, counts as written from end to end.
+//!
+//! When the tracker is dropped, so are its descriptors, and with them the kernel forgets: nothing stays in the container.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use longhaul_common::sys::memory::{Scan, begin_write_tracking, register_write_tracking, scan};
+use nix::libc;
+use thiserror::Error;
+
+use super::inject::{InjectError, userfaultfd_of};
+use super::maps::{Area, inner_pid, private_anonymous, special, status_bytes};
+
+/// Memory that can't be tracked.
+#[derive(Debug, Error)]
+pub enum TrackError {
+    /// The kernel has no such scan.
+    #[error("this kernel can't track written pages: Linux 6.7 or newer can (PAGEMAP_SCAN, userfaultfd WP_ASYNC)")]
+    Unsupported,
+    /// An earlier move is still filling it.
+    #[error(
+        "the memory of task {0} is still arriving from its last move, or the task manages it with userfaultfd itself"
+    )]
+    Busy(i32),
+    /// A task would not.
+    #[error(transparent)]
+    Inject(#[from] InjectError),
+    /// Its memory can't be scanned.
+    #[error("can't look at the memory of task {pid}")]
+    Look {
+        /// The task.
+        pid: i32,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The pages of one address space.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SpacePages {
+    /// The task, as this host numbers it.
+    pub pid: i32,
+    /// The task, as the container numbers it.
+    pub space: u32,
+    /// Ranges of addresses, in order.
+    pub ranges: Vec<Area>,
+}
+
+impl SpacePages {
+    /// Their number of bytes.
+    pub fn bytes(&self) -> u64 {
+        self.ranges.iter().map(|range| range.end - range.start).sum()
+    }
+}
+
+/// The memory of a frozen container.
+#[derive(Debug, Clone, Default)]
+pub struct Frozen {
+    /// Written since the last round.
+    pub written: Vec<SpacePages>,
+    /// Areas the tracker has followed; everything else is CRIU's to save.
+    pub followed: Vec<SpacePages>,
+    /// The pages in those areas that have content.
+    pub content: Vec<SpacePages>,
+}
+
+/// Finds out what was written. A round is a transaction: what [`take`](Self::take) reported and was not sent is given
+/// back by [`put_back`](Self::put_back), and reported again.
+pub trait Tracker: Send {
+    /// The name of the mechanism, for the report.
+    fn name(&self) -> &'static str;
+    /// What was written since the last call; in the first, all there is.
+    fn take(&mut self, tasks: &[i32]) -> Result<Vec<SpacePages>, TrackError>;
+    /// Gives back what was taken.
+    fn put_back(&mut self, pages: Vec<SpacePages>);
+    /// What was written since the last call, and what there is, once all tasks are frozen.
+    fn look_frozen(&mut self, tasks: &[i32]) -> Result<Frozen, TrackError>;
+    /// The longest that tracking has stopped a thread of the container.
+    fn longest_stop(&self) -> Duration;
+}
+
+/// The tracker by asynchronous write protection.
+pub struct WriteProtect {
+    /// The container's first task.
+    init: i32,
+    spaces: BTreeMap<i32, Space>,
+    owed: Vec<SpacePages>,
+    longest_stop: Duration,
+}
+
+struct Space {
+    uffd: OwnedFd,
+    number: u32,
+    /// Areas that are CRIU's to save.
+    excluded: Vec<Area>,
+    /// Locked memory when `excluded` was made: more since then means that an area that is followed may have been locked.
+    locked_bytes: u64,
+}
+
+impl WriteProtect {
+    /// For the container whose first task is `init`.
+    pub fn new(init: i32) -> Self {
+        Self { init, spaces: BTreeMap::new(), owed: Vec::new(), longest_stop: Duration::ZERO }
+    }
+
+    fn arm(&mut self, pid: i32) -> Result<Space, TrackError> {
+        let (uffd, stopped) = userfaultfd_of(pid)?;
+        self.longest_stop = self.longest_stop.max(stopped);
+        begin_write_tracking(uffd.as_fd()).map_err(|error| match error.raw_os_error() {
+            Some(libc::EINVAL) => TrackError::Unsupported,
+            _ => TrackError::Look { pid, source: error },
+        })?;
+        let number = inner_pid(pid, self.init).ok_or(InjectError::Gone(pid))?;
+        let locked_bytes = status_bytes(pid, "VmLck");
+        Ok(Space { uffd, number, excluded: Vec::new(), locked_bytes })
+    }
+
+    fn take_space(&mut self, pid: i32) -> Result<SpacePages, TrackError> {
+        let mut space = match self.spaces.remove(&pid) {
+            Some(space) => space,
+            None => self.arm(pid)?,
+        };
+        let mut ranges = Vec::new();
+        let first = follow(&mut space, pid, &mut ranges);
+        if let Err(Followed::OtherSpace) = first {
+            // The task executed another program, or its number is another task's now.
+            space = self.arm(pid)?;
+            ranges.clear();
+            follow(&mut space, pid, &mut ranges).map_err(|error| error.of(pid))?;
+        } else {
+            first.map_err(|error| error.of(pid))?;
+        }
+        let number = space.number;
+        self.spaces.insert(pid, space);
+        Ok(SpacePages { pid, space: number, ranges })
+    }
+}
+
+/// Why an address space can't be followed with this descriptor.
+enum Followed {
+    OtherSpace,
+    Busy,
+    Failed(io::Error),
+}
+
+impl Followed {
+    fn of(self, pid: i32) -> TrackError {
+        match self {
+            Self::OtherSpace => InjectError::Gone(pid).into(),
+            Self::Busy => TrackError::Busy(pid),
+            Self::Failed(error) if error.raw_os_error() == Some(libc::ENOTTY) => TrackError::Unsupported,
+            Self::Failed(source) => TrackError::Look { pid, source },
+        }
+    }
+}
+
+/// Takes what was written in every area of a task, and registers those that are new.
+fn follow(space: &mut Space, pid: i32, ranges: &mut Vec<Area>) -> Result<(), Followed> {
+    let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(Followed::Failed)?;
+    let areas = private_anonymous(pid).map_err(Followed::Failed)?;
+    let mut looked = false;
+    for area in areas {
+        let before = ranges.len();
+        match scan(&pagemap, area.start, area.end, Scan::TakeWritten, |start, end| ranges.push(start..end)) {
+            Ok(()) => continue,
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => ranges.truncate(before),
+            Err(error) => return Err(Followed::Failed(error)),
+        }
+        if space.excluded.contains(&area) {
+            continue;
+        }
+        if !looked {
+            looked = true;
+            space.locked_bytes = status_bytes(pid, "VmLck");
+            space.excluded = special(pid).map_err(Followed::Failed)?;
+        }
+        if space.excluded.contains(&area) {
+            continue;
+        }
+        match register_write_tracking(space.uffd.as_fd(), area.start, area.end) {
+            Ok(()) => {}
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EBUSY) => return Err(Followed::Busy),
+                // Gone, or changed since the list was read: the next round will find what it is now.
+                Some(libc::EINVAL) => continue,
+                _ => return Err(Followed::OtherSpace),
+            },
+        }
+        // Protected first and read then: what is written in between counts as written in the next round, too.
+        let protected = scan(&pagemap, area.start, area.end, Scan::TakeWritten, |_, _| {});
+        if protected.is_ok() {
+            scan(&pagemap, area.start, area.end, Scan::Content, |start, end| ranges.push(start..end))
+                .map_err(Followed::Failed)?;
+        }
+    }
+    Ok(())
+}
+
+impl Tracker for WriteProtect {
+    fn name(&self) -> &'static str {
+        "userfaultfd-wp"
+    }
+
+    fn take(&mut self, tasks: &[i32]) -> Result<Vec<SpacePages>, TrackError> {
+        self.spaces.retain(|pid, _| tasks.contains(pid));
+        let mut taken = std::mem::take(&mut self.owed);
+        for &pid in tasks {
+            match self.take_space(pid) {
+                Ok(pages) => taken.push(pages),
+                // Short-lived, or in the kernel for long: untracked now, and CRIU's to save if it is there at the freeze.
+                Err(TrackError::Inject(error)) => tracing::debug!(pid, %error, "a task is not tracked in this round"),
+                Err(TrackError::Look { source, .. }) if is_gone(&source) => {}
+                Err(error) => {
+                    self.owed = taken;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(taken)
+    }
+
+    fn put_back(&mut self, pages: Vec<SpacePages>) {
+        self.owed.extend(pages);
+    }
+
+    fn look_frozen(&mut self, tasks: &[i32]) -> Result<Frozen, TrackError> {
+        let mut frozen = Frozen { written: std::mem::take(&mut self.owed), ..Frozen::default() };
+        for &pid in tasks {
+            let Some(space) = self.spaces.get(&pid) else { continue };
+            let look = |source| TrackError::Look { pid, source };
+            let empty = || SpacePages { pid, space: space.number, ranges: Vec::new() };
+            let (mut written, mut followed, mut content) = (empty(), empty(), empty());
+            let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(look)?;
+            // Locked since it was looked at: such an area must be CRIU's, which would not restore it lazily.
+            let locked = if status_bytes(pid, "VmLck") == space.locked_bytes {
+                Vec::new()
+            } else {
+                special(pid).map_err(look)?
+            };
+            for area in private_anonymous(pid).map_err(look)? {
+                if locked.contains(&area) {
+                    continue;
+                }
+                let before = written.ranges.len();
+                let found = scan(&pagemap, area.start, area.end, Scan::Written, |start, end| {
+                    written.ranges.push(start..end);
+                });
+                match found {
+                    Ok(()) => {}
+                    // New since the last round: CRIU's.
+                    Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                        written.ranges.truncate(before);
+                        continue;
+                    }
+                    Err(error) => return Err(look(error)),
+                }
+                scan(&pagemap, area.start, area.end, Scan::Content, |start, end| content.ranges.push(start..end))
+                    .map_err(look)?;
+                followed.ranges.push(area);
+            }
+            frozen.written.push(written);
+            frozen.followed.push(followed);
+            frozen.content.push(content);
+        }
+        Ok(frozen)
+    }
+
+    fn longest_stop(&self) -> Duration {
+        self.longest_stop
+    }
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
+}

@@ -1,0 +1,272 @@
+//! From the first word to the destination until both runtimes wait: the container runs all the time.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use longhaul_common::description::Network;
+use longhaul_common::net::{Netns, neighbours};
+use longhaul_common::obstacle::Obstacle;
+use longhaul_common::sys::memory::PAGE;
+use longhaul_proto::peer::Offer;
+
+use super::save::Ready;
+use super::{MAX_LIVE_PASSES, MigrationError, SETTLED_BYTES, Trip};
+use crate::checkpoint::{Armed, Externals, images_dir};
+use crate::inspect::{InspectError, Inspection, inspect};
+use crate::memory::filter;
+use crate::memory::link::Link;
+use crate::memory::precopy::{MemoryError, Precopy, Step};
+use crate::memory::predict::{Limits, Outlook};
+use crate::memory::tracker::{TrackError, WriteProtect};
+use crate::options::{DEFAULT_MAX_DOWNTIME, DEFAULT_MAX_ROUNDS, TimeoutAction};
+use crate::peer::{Pages, Peer, Session};
+use crate::push::{Pass, PushError, Trees};
+use crate::record::RecordPhase;
+use crate::report::{MemoryReport, millis};
+
+/// Both sides fit together.
+pub(super) struct Negotiated {
+    pub(super) peer: Peer,
+}
+
+impl Negotiated {
+    pub(super) async fn preflight(self, trip: &Trip) -> Result<Accepted, MigrationError> {
+        let hint = "looking at the container; a layer that was never seen is read whole";
+        trip.progress("preflight", hint.to_owned(), 0, 0);
+        let inspection = inspect(&trip.env.config, &trip.env.digests, &trip.container, &trip.options).await?;
+        trip.job.note(|report| report.memory_bytes = inspection.description.memory_bytes);
+        let session = Arc::new(self.peer.session().await?);
+        trip.rollback.lock().await.session = Some(session.clone());
+        let own = !inspection.obstacles.is_empty();
+        let offer = Offer {
+            migration_id: trip.migration.clone(),
+            epoch: trip.epoch,
+            description: inspection.description.to_json().into(),
+            // With obstacles of our own the answer is only for the list.
+            dry_run: trip.options.dry_run || own,
+        };
+        let verdict = session.offer(offer).await?;
+        let obstacles: Vec<Obstacle> = inspection.obstacles.iter().cloned().chain(verdict.obstacles).collect();
+        if !obstacles.is_empty() {
+            return Err(MigrationError::Refused(obstacles));
+        }
+        Ok(Accepted { peer: self.peer, session, inspection, missing_layers: verdict.missing_layers })
+    }
+}
+
+/// Both sides have looked at the container, and nothing is in the way.
+pub(super) struct Accepted {
+    peer: Peer,
+    session: Arc<Session>,
+    inspection: Inspection,
+    missing_layers: Vec<String>,
+}
+
+impl Accepted {
+    pub(super) async fn prepare(self, trip: &Trip) -> Result<Prepared, MigrationError> {
+        self.session.prepare().await?;
+        std::fs::create_dir_all(images_dir(&trip.dir))
+            .map_err(|source| InspectError::File { path: trip.dir.clone(), source })?;
+        let trees = Trees::new(&self.inspection.description, &self.missing_layers).map_err(PushError::from)?;
+        Ok(Prepared { peer: self.peer, session: self.session, inspection: self.inspection, trees, memory: None })
+    }
+}
+
+/// The destination has made the container's place.
+pub(super) struct Prepared {
+    pub(super) peer: Peer,
+    pub(super) session: Arc<Session>,
+    pub(super) inspection: Inspection,
+    pub(super) trees: Trees,
+    /// Its memory on its way; nothing where all of it has to go while frozen.
+    pub(super) memory: Option<Precopy>,
+}
+
+impl Prepared {
+    pub(super) async fn presync(mut self, trip: &Trip) -> Result<Synced, MigrationError> {
+        for _ in 0..MAX_LIVE_PASSES {
+            let round = self.trees.push(&self.peer, &trip.migration, Pass::Live).await?;
+            let what = format!("pass {}: {} items", self.trees.passes(), round.items);
+            trip.progress("rootfs-presync", what, round.bytes, 0);
+            trip.job.note(|report| report.bytes_on_wire += round.bytes);
+            if round.bytes <= SETTLED_BYTES {
+                break;
+            }
+        }
+        Ok(Synced(self))
+    }
+}
+
+/// The destination has the files as they were a moment ago.
+pub(super) struct Synced(Prepared);
+
+impl Synced {
+    /// Copies memory in rounds while the container runs, until the downtime would be as wanted.
+    pub(super) async fn precopy(self, trip: &Trip) -> Result<Copied, MigrationError> {
+        let Self(mut prepared) = self;
+        let mut memory = match begin(trip, &prepared).await {
+            Ok(memory) => memory,
+            Err(Without(reason)) => {
+                tracing::warn!(reason, "all memory goes while the container is frozen");
+                trip.job.note(|report| report.memory = MemoryReport::images(reason));
+                return Ok(Copied(prepared));
+            }
+        };
+        let unsupported = copy_in_rounds(trip, &mut memory, &prepared.inspection).await?;
+        if let Some(reason) = unsupported {
+            trip.job.note(|report| report.memory = MemoryReport::images(reason));
+            return Ok(Copied(prepared));
+        }
+        trip.job.note(|report| {
+            report.memory = MemoryReport {
+                tracker: Some(memory.tracker_name().to_owned()),
+                path: if trip.options.eager { "eager" } else { "lazy" }.to_owned(),
+                longest_stop_ms: millis(memory.longest_stop()),
+                predicted_downtime_ms: Some(memory.predicted_ms),
+                ..std::mem::take(&mut report.memory)
+            };
+        });
+        prepared.memory = Some(memory);
+        // What the container wrote into its files meanwhile must not be left for the freeze.
+        let round = prepared.trees.push(&prepared.peer, &trip.migration, Pass::Live).await?;
+        trip.job.note(|report| report.bytes_on_wire += round.bytes);
+        Ok(Copied(prepared))
+    }
+}
+
+/// Why memory can't be copied beforehand.
+struct Without(String);
+
+/// Opens the page connection.
+async fn begin(trip: &Trip, prepared: &Prepared) -> Result<Precopy, Without> {
+    let engine = &trip.env.config.engine;
+    if !engine.filter.is_file() {
+        return Err(Without(format!("{} is not installed", engine.filter.display())));
+    }
+    let link = Link::connect(&trip.env.identity, &trip.address, &trip.migration, trip.options.bandwidth)
+        .await
+        .map_err(|error| Without(error.to_string()))?;
+    let live = &prepared.inspection.live;
+    let outlook = Outlook {
+        residual_bytes: 0,
+        bytes_per_second: 0.0,
+        memory_bytes: prepared.inspection.description.memory_bytes,
+        round_trip: prepared.peer.round_trip(),
+        fixed: trip.env.fixed_downtime.get(),
+    };
+    let limits = Limits {
+        // What was not asked for must not be what fails on a slow machine.
+        max_downtime: trip.options.max_downtime.unwrap_or(DEFAULT_MAX_DOWNTIME.max(outlook.downtime() + MEMORY_SHARE)),
+        max_rounds: trip.options.max_rounds.unwrap_or(DEFAULT_MAX_ROUNDS),
+    };
+    Ok(Precopy::new(Box::new(WriteProtect::new(live.init)), link, live.freezer.clone(), limits, outlook))
+}
+
+/// Rounds until it is time to freeze. A reason, where the kernel turns out to have no tracker.
+async fn copy_in_rounds(
+    trip: &Trip,
+    memory: &mut Precopy,
+    inspection: &Inspection,
+) -> Result<Option<String>, MigrationError> {
+    let freeze_at = trip.options.timeout.filter(|_| trip.options.timeout_action == TimeoutAction::Freeze);
+    let meter = memory.meter();
+    let mut told_to_wait = false;
+    loop {
+        let (before, total) = (meter.bytes(), inspection.description.memory_bytes);
+        let round = memory.rounds.len() + 1;
+        let ticking = async {
+            loop {
+                tokio::time::sleep(PROGRESS_EVERY).await;
+                trip.progress(
+                    "pre-copy",
+                    format!("round {round}"),
+                    meter.bytes() - before,
+                    if round == 1 { total } else { 0 },
+                );
+            }
+        };
+        let step = tokio::select! {
+            step = memory.step() => step,
+            () = ticking => continue,
+        };
+        match step {
+            Ok(Step::Sent(round)) => {
+                let what = format!(
+                    "round {}: {:.1} MiB of {:.1} MiB written sent, {:.0} MiB/s, downtime would have been {:.0} ms",
+                    round.round,
+                    mib(round.wire_bytes),
+                    mib(round.pages * PAGE),
+                    round.mib_per_s,
+                    round.predicted_downtime_ms
+                );
+                trip.progress("pre-copy", what, 0, 0);
+                trip.job.note(|report| {
+                    report.bytes_on_wire += round.wire_bytes;
+                    report.memory.rounds.push(round);
+                });
+            }
+            Ok(Step::Waiting) => {
+                if !std::mem::replace(&mut told_to_wait, true) {
+                    trip.progress("pre-copy", "memory of the last move is still arriving here".to_owned(), 0, 0);
+                }
+            }
+            Ok(Step::Freeze) => return Ok(None),
+            Ok(Step::GiveUp { .. }) if trip.options.timeout_action == TimeoutAction::Freeze => return Ok(None),
+            Ok(Step::GiveUp { predicted_ms, dirty_mib_per_s }) => {
+                let rounds = memory.rounds.len();
+                return Err(MigrationError::TooFast { dirty_mib_per_s, predicted_ms, rounds });
+            }
+            Err(MemoryError::Track(error @ TrackError::Unsupported)) => return Ok(Some(error.to_string())),
+            Err(error) => return Err(error.into()),
+        }
+        if freeze_at.is_some_and(|limit| trip.job.elapsed() > limit) {
+            return Ok(None);
+        }
+    }
+}
+
+/// What memory may add to a downtime that is long without it, where no limit was given.
+const MEMORY_SHARE: Duration = Duration::from_millis(100);
+
+/// How often progress within a round is told.
+const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+/// The destination has memory as it was a moment ago.
+pub(super) struct Copied(Prepared);
+
+impl Copied {
+    /// Starts both runtimes, which wait: their start-up costs no downtime.
+    pub(super) async fn arm(self, trip: &Trip) -> Result<Ready, MigrationError> {
+        let Self(prepared) = self;
+        let live = &prepared.inspection.live;
+        let pages = match (&prepared.memory, trip.options.eager) {
+            (None, _) => Pages::None,
+            (Some(_), true) => Pages::Eager,
+            (Some(_), false) => Pages::Lazy,
+        };
+        let mut keys: Vec<String> = live.netns_key.iter().cloned().collect();
+        keys.extend(prepared.inspection.description.stdio.iter().filter_map(|stdio| match &stdio.target {
+            longhaul_common::description::StdioTarget::File { key, .. } => Some(key.clone()),
+            longhaul_common::description::StdioTarget::Pipe { .. } => None,
+        }));
+        let externals = Externals {
+            keys,
+            // With every interface's other end in our hands, or no interface at all.
+            own_network_lock: matches!(prepared.inspection.description.network, Network::Own { .. }),
+            single_cgroup: prepared.inspection.description.single_cgroup,
+            environment: if pages == Pages::None { Vec::new() } else { vec![filter::environment(&trip.dir)] },
+        };
+        // First on record: what is started now outlives an agent that is killed.
+        trip.record(&prepared.inspection, RecordPhase::Held)?;
+        let armed = Armed::start(&trip.env.config.engine, &trip.container, &trip.dir, &externals).await?;
+        let descriptors = armed.descriptors();
+        trip.rollback.lock().await.checkpoint = Some(armed);
+        let neighbours = Netns::of_task(live.init).and_then(|netns| neighbours(&netns)).map_err(InspectError::from)?;
+        prepared.session.arm(descriptors?, neighbours, pages).await?;
+        Ok(Ready { prepared, pages })
+    }
+}

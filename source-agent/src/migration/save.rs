@@ -1,0 +1,166 @@
+//! While the container is frozen: everything of it is saved, sent, and restored on the destination, stopped.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+
+use super::commit::{Restored, note_timings};
+use super::prepare::Prepared;
+use super::quiesce::quiesce;
+use super::{IMAGE_QUEUE, MigrationError, Trip};
+use crate::checkpoint::{CheckpointError, images_dir};
+use crate::images::{ImageSender, Sent};
+use crate::peer::Pages;
+use crate::push::{Pass, Round};
+
+/// Both runtimes wait for their word.
+pub(super) struct Ready {
+    pub(super) prepared: Prepared,
+    pub(super) pages: Pages,
+}
+
+impl Ready {
+    pub(super) async fn freeze(self, trip: &Trip) -> Result<Frozen, MigrationError> {
+        let Self { mut prepared, pages } = self;
+        if let Some(memory) = &mut prepared.memory {
+            // What was written while the runtimes were started.
+            memory.last_live_round().await?;
+        }
+        let at = Instant::now();
+        let mut rollback = trip.rollback.lock().await;
+        let live = &prepared.inspection.live;
+        let (freezer, ports, init) = (live.freezer.clone(), live.ports.clone(), live.init);
+        rollback.freezer = Some(freezer.clone());
+        rollback.ports.clone_from(&ports);
+        drop(rollback);
+        tokio::task::spawn_blocking(move || quiesce(&freezer, &ports, init))
+            .await
+            .map_err(|_| MigrationError::Panicked)??;
+        trip.step("freeze", at.elapsed());
+        Ok(Frozen { prepared, pages, at })
+    }
+}
+
+/// Nothing in the container runs.
+pub(super) struct Frozen {
+    pub(super) prepared: Prepared,
+    pages: Pages,
+    /// Since when.
+    pub(super) at: Instant,
+}
+
+impl Frozen {
+    /// CRIU's dump, its images, the last pages, and the last change of the files: all at once.
+    pub(super) async fn save(mut self, trip: &Trip) -> Result<Saved, MigrationError> {
+        let Prepared { peer, inspection, trees, memory, .. } = &mut self.prepared;
+        let start = Instant::now();
+        let last = match memory.as_ref() {
+            Some(memory) => Some(memory.look_frozen(&trip.dir).await?),
+            None => None,
+        };
+        trip.step("memory-scan", start.elapsed());
+        let finish = Arc::new(AtomicBool::new(false));
+        let (messages, receiver) = mpsc::channel(IMAGE_QUEUE);
+        let (dir, migration, flag) = (images_dir(&trip.dir), trip.migration.clone(), finish.clone());
+        // Also when this is cut short: the sending thread must not wait for images for ever.
+        let _finish_at_the_end = FinishOnDrop(finish.clone());
+        let sender = tokio::task::spawn_blocking(move || ImageSender::new(&dir, &migration, messages, flag)?.run());
+        let start = Instant::now();
+        let dump = async {
+            let dumped = dump(trip, &inspection.live.ports).await;
+            trip.step("criu-dump", start.elapsed());
+            finish.store(true, Ordering::Release);
+            dumped
+        };
+        let images = async {
+            let pushed = peer.push_images(receiver).await;
+            let sent = sender.await.map_err(|_| MigrationError::Panicked)?;
+            // The destination's reason comes first: the sender only saw its channel close.
+            pushed?;
+            trip.step("images", start.elapsed());
+            Ok::<Sent, MigrationError>(sent?)
+        };
+        let files = async {
+            let round = trees.push(peer, &trip.migration, Pass::Last).await;
+            trip.step("rootfs-delta", start.elapsed());
+            Ok::<Round, MigrationError>(round?)
+        };
+        let pages = async {
+            let (Some(memory), Some(last)) = (memory.as_mut(), last.as_ref()) else { return Ok(None) };
+            let round = memory.send_last(last).await?;
+            trip.step("memory-pages", start.elapsed());
+            Ok::<_, MigrationError>(Some(round))
+        };
+        // The first failure ends them all: with a destination that is gone, the container must not stay frozen for the rest.
+        let ((), sent, mut round, last_round) = tokio::try_join!(dump, images, files, pages)?;
+        if let Some(last) = &last
+            && !last.check(&trip.dir)?
+        {
+            let reason = "this CRIU did not ask the library that leaves pages out: its images held all memory";
+            tracing::warn!(reason);
+            trip.job.note(|report| report.memory.fallback = Some(reason.to_owned()));
+        }
+        if made_links(&trip.dir) {
+            // CRIU linked unlinked files back into the tree for the restore: they have to be there, too.
+            let links = trees.push(peer, &trip.migration, Pass::Last).await?;
+            round.bytes += links.bytes;
+        }
+        trip.job.note(|report| {
+            let pages = last_round.as_ref().map_or(0, |round| round.wire_bytes);
+            report.bytes_on_wire += sent.bytes + round.bytes + pages;
+            report.rootfs_passes = trees.passes();
+            report.memory.last_round = last_round;
+        });
+        Ok(Saved { frozen: self, sent })
+    }
+}
+
+/// Tells the thread that sends images that no more will come.
+pub(super) struct FinishOnDrop(Arc<AtomicBool>);
+
+impl Drop for FinishOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// CRIU's dump; at its word the container is cut off the network.
+async fn dump(trip: &Trip, ports: &[longhaul_common::net::Port]) -> Result<(), MigrationError> {
+    let mut rollback = trip.rollback.lock().await;
+    rollback.ports = ports.to_vec();
+    let Some(checkpoint) = rollback.checkpoint.as_mut() else {
+        return Err(CheckpointError::Runtime("its process is gone".to_owned()).into());
+    };
+    let cut_off = || {
+        ports
+            .iter()
+            .try_for_each(longhaul_common::net::Port::part)
+            .map_err(|error| CheckpointError::Criu(longhaul_common::chain(&error)))
+    };
+    Ok(checkpoint.save(cut_off).await?)
+}
+
+/// Whether CRIU made `link_remap.*` files: it then says so in an image that is more than its 8 bytes of magic numbers.
+fn made_links(dir: &std::path::Path) -> bool {
+    let image = images_dir(dir).join("remap-fpath.img");
+    image.metadata().is_ok_and(|metadata| metadata.len() > 8)
+}
+
+/// Everything of the container is at the destination.
+pub(super) struct Saved {
+    frozen: Frozen,
+    sent: Sent,
+}
+
+impl Saved {
+    pub(super) async fn restore(self, trip: &Trip) -> Result<Restored, MigrationError> {
+        let start = Instant::now();
+        let (timings, stored_pages) = self.frozen.prepared.session.restore(self.sent, self.frozen.pages).await?;
+        trip.step("restore", start.elapsed());
+        trip.job.note(|report| report.memory.stored_pages = stored_pages);
+        note_timings(trip, timings);
+        Ok(Restored { frozen: self.frozen })
+    }
+}
