@@ -39,6 +39,7 @@ const PACKAGES: &[&str] = &[
     "memcached",
     "python3-minimal",
     "socat",
+    "zstd",
     "criu",
     "libcriu2",
 ];

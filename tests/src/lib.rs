@@ -5,6 +5,7 @@
 //! image cache and the lab's own state directories.
 
 pub mod agents;
+pub mod bench;
 pub mod cgroup;
 pub mod client;
 pub mod container;

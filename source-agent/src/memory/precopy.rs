@@ -133,9 +133,16 @@ pub struct LastRound {
 
 impl Precopy {
     /// Nothing is touched yet.
-    pub fn new(tracker: Box<dyn Tracker>, link: Link, freezer: Freezer, limits: Limits, outlook: Outlook) -> Self {
+    pub fn new(
+        tracker: Box<dyn Tracker>,
+        pump: Pump,
+        link: Link,
+        freezer: Freezer,
+        limits: Limits,
+        outlook: Outlook,
+    ) -> Self {
         Self {
-            hands: Arc::new(Mutex::new(Hands { tracker, pump: Pump::default() })),
+            hands: Arc::new(Mutex::new(Hands { tracker, pump })),
             link,
             freezer,
             limits,

@@ -113,6 +113,13 @@ pub struct Pump {
     packing: Packing,
 }
 
+impl Pump {
+    /// One that never packs. For a link that is kept slow so that the host is spared: packing would spend a core.
+    pub fn sparing() -> Self {
+        Self { packing: Packing { never: true, ..Packing::default() }, ..Self::default() }
+    }
+}
+
 /// Decides whether content is packed.
 #[derive(Debug, Default)]
 struct Packing {
@@ -121,6 +128,7 @@ struct Packing {
     waited: Duration,
     since: Option<Instant>,
     pause: u32,
+    never: bool,
 }
 
 impl Packing {
@@ -140,7 +148,7 @@ impl Packing {
     }
 
     fn pack(&mut self, raw: &[u8]) -> Option<Vec<u8>> {
-        if !self.on {
+        if !self.on || self.never {
             return None;
         }
         let packed = zstd::bulk::compress(raw, LEVEL).ok()?;

@@ -17,6 +17,7 @@ use crate::memory::filter;
 use crate::memory::link::Link;
 use crate::memory::precopy::{MemoryError, Precopy, Step};
 use crate::memory::predict::{Limits, Outlook};
+use crate::memory::pump::Pump;
 use crate::memory::tracker::{TrackError, WriteProtect};
 use crate::options::{DEFAULT_MAX_DOWNTIME, DEFAULT_MAX_ROUNDS, TimeoutAction};
 use crate::peer::{Pages, Peer, Session};
@@ -159,7 +160,9 @@ async fn begin(trip: &Trip, prepared: &Prepared) -> Result<Precopy, Without> {
         max_downtime: trip.options.max_downtime.unwrap_or(DEFAULT_MAX_DOWNTIME.max(outlook.downtime() + MEMORY_SHARE)),
         max_rounds: trip.options.max_rounds.unwrap_or(DEFAULT_MAX_ROUNDS),
     };
-    Ok(Precopy::new(Box::new(WriteProtect::new(live.init)), link, live.freezer.clone(), limits, outlook))
+    let pump = if trip.options.bandwidth.is_some() { Pump::sparing() } else { Pump::default() };
+    let tracker = Box::new(WriteProtect::new(live.init));
+    Ok(Precopy::new(tracker, pump, link, live.freezer.clone(), limits, outlook))
 }
 
 /// Rounds until it is time to freeze. A reason, where the kernel turns out to have no tracker.

@@ -21,6 +21,12 @@ struct Cli {
 enum Command {
     /// INCR (or PING) one redis key over one connection and check every reply
     RedisIncr(tool::redis::Options),
+    /// Write to random keys of a redis at a fixed rate
+    RedisWrite(tool::redis_write::Options),
+    /// Take one raw TLS stream
+    TlsSink(tool::tls_pipe::SinkOptions),
+    /// Send one raw TLS stream and report its speed
+    TlsSource(tool::tls_pipe::SourceOptions),
     /// Time PING round trips over one redis connection
     NetProbe(tool::redis::ProbeOptions),
     /// Accept one connection and verify the stream of `stream-source`
@@ -54,6 +60,9 @@ enum Command {
 fn main() -> anyhow::Result<ExitCode> {
     let healthy = match Cli::parse().command {
         Command::RedisIncr(options) => tool::redis::run(&options)?,
+        Command::RedisWrite(options) => tool::redis_write::run(&options)?,
+        Command::TlsSink(options) => tool::tls_pipe::sink(&options)?,
+        Command::TlsSource(options) => tool::tls_pipe::source(&options)?,
         Command::NetProbe(options) => tool::redis::run(&options.into())?,
         Command::StreamSink(options) => tool::stream::sink(&options)?,
         Command::StreamSource(options) => tool::stream::source(&options)?,

@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use longhaul_lab::container::{ContainerSpec, Rootfs};
 use longhaul_lab::harness::Counts;
 use longhaul_lab::lab::Lab;
-use longhaul_lab::{agents, demo, enter, harness, host_init, machine, scenarios};
+use longhaul_lab::{agents, bench, demo, enter, harness, host_init, machine, scenarios};
 
 #[derive(Parser)]
 #[command(name = "cargo lab", about = "Two real hosts on one machine: demo, tests, benchmarks", version)]
@@ -30,6 +30,12 @@ enum Command {
     Test {
         /// Part of a scenario's name; `unit` for the unit tests alone
         filter: Option<String>,
+    },
+    /// Measure, side by side with what others do
+    Bench {
+        /// What to measure
+        #[command(subcommand)]
+        what: BenchCommand,
     },
     /// Bring up hosts that stay up
     Up {
@@ -85,6 +91,22 @@ enum Command {
     },
 }
 
+#[derive(Subcommand)]
+enum BenchCommand {
+    /// How long a container is away, by its memory, beside stop-and-copy by hand
+    Blackout {
+        /// One JSON object a row
+        #[arg(long)]
+        json: bool,
+        /// Only measures whose name has this word
+        #[arg(long, default_value = "")]
+        only: String,
+        /// Samples of each measure
+        #[arg(long, default_value_t = 5)]
+        samples: usize,
+    },
+}
+
 fn main() -> ExitCode {
     match run(Cli::parse().command) {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
@@ -104,6 +126,10 @@ fn run(command: Command) -> Result<i32> {
             Ok(i32::from(!demo::run(json)?))
         }
         Command::Test { filter } => test(filter.as_deref()),
+        Command::Bench { what: BenchCommand::Blackout { json, only, samples } } => {
+            prepare()?;
+            Ok(i32::from(!bench::blackout(json, &only, samples)?))
+        }
         Command::Up { hosts } => {
             prepare()?;
             let mut lab = Lab::up_detached(&lab_name(), hosts)?;

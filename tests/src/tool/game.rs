@@ -14,7 +14,7 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::json;
 
-use super::gap::GapMeter;
+use super::gap::{Events, GapMeter};
 use super::pace::RunTime;
 use super::report::{self, StatusFile};
 
@@ -42,9 +42,8 @@ pub(crate) struct ClientOptions {
     /// Rewritten every 100 ms with {snapshots, tick}
     #[arg(long)]
     status_file: Option<PathBuf>,
-    /// One JSON line on stderr whenever a gap above 20 ms is over
-    #[arg(long)]
-    events: bool,
+    #[command(flatten)]
+    events: Events,
     #[command(flatten)]
     run_time: RunTime,
 }

@@ -2,24 +2,38 @@
 
 use std::time::{Duration, Instant};
 
+use clap::Args;
+
 use super::report;
 
-/// A silence longer than this is worth an event line: 20 ms is well above scheduling noise on a busy lab machine
+/// A silence longer than this is worth an event line unless told otherwise: 20 ms is well above scheduling noise on a busy lab machine
 /// and well below any downtime a migration reaches.
-const EVENT_AFTER: Duration = Duration::from_millis(20);
+const EVENT_AFTER_MS: f64 = 20.0;
 
 /// Measures the silences between signs of life.
 pub(crate) struct GapMeter {
     last: Option<Instant>,
     longest: Duration,
     at_unix_ms: u64,
+    events_after: Option<Duration>,
+}
+
+/// Which silences are told of.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct Events {
+    /// One JSON line on stderr whenever a long gap is over
+    #[arg(long)]
     events: bool,
+    /// What a long gap is
+    #[arg(long, default_value_t = EVENT_AFTER_MS)]
+    events_above_ms: f64,
 }
 
 impl GapMeter {
-    /// A meter; with `events` it prints one JSON line on stderr for each silence above 20 ms, when it is over.
-    pub(crate) fn new(events: bool) -> Self {
-        Self { last: None, longest: Duration::ZERO, at_unix_ms: 0, events }
+    /// A meter, which may print one JSON line on stderr for each long silence, when it is over.
+    pub(crate) fn new(events: Events) -> Self {
+        let events_after = events.events.then(|| Duration::from_secs_f64(events.events_above_ms / 1000.0));
+        Self { last: None, longest: Duration::ZERO, at_unix_ms: 0, events_after }
     }
 
     /// A sign of life came. The first one only starts the clock.
@@ -52,7 +66,7 @@ impl GapMeter {
             self.longest = gap;
             self.at_unix_ms = report::unix_ms();
         }
-        if self.events && gap > EVENT_AFTER {
+        if self.events_after.is_some_and(|after| gap > after) {
             eprintln!("{}", serde_json::json!({"gap_ms": milliseconds(gap), "over_unix_ms": report::unix_ms()}));
         }
     }

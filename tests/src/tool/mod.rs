@@ -10,10 +10,12 @@ pub(crate) mod idle;
 pub(crate) mod memcheck;
 pub(crate) mod pace;
 pub(crate) mod redis;
+pub(crate) mod redis_write;
 pub(crate) mod report;
 pub(crate) mod selfcheck;
 pub(crate) mod stream;
 #[allow(unsafe_code, reason = "the system calls that neither std nor nix wraps safely")]
 pub(crate) mod sys;
+pub(crate) mod tls_pipe;
 pub(crate) mod udp;
 pub(crate) mod wait_port;

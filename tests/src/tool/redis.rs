@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::gap::GapMeter;
+use super::gap::{Events, GapMeter};
 use super::histogram::Histogram;
 use super::pace::{Deadline, RunTime, TICK};
 use super::report::{self, StatusFile};
@@ -38,9 +38,8 @@ pub(crate) struct Options {
     /// Rewritten every 100 ms with {operations, last_reply_unix_ms}
     #[arg(long)]
     status_file: Option<PathBuf>,
-    /// One JSON line on stderr whenever a gap above 20 ms is over
-    #[arg(long)]
-    events: bool,
+    #[command(flatten)]
+    events: Events,
     #[command(flatten)]
     run_time: RunTime,
 }
@@ -56,9 +55,8 @@ pub(crate) struct ProbeOptions {
     /// Rewritten every 100 ms with {operations, last_reply_unix_ms}
     #[arg(long)]
     status_file: Option<PathBuf>,
-    /// One JSON line on stderr whenever a gap above 20 ms is over
-    #[arg(long)]
-    events: bool,
+    #[command(flatten)]
+    events: Events,
     #[command(flatten)]
     run_time: RunTime,
 }

@@ -15,7 +15,7 @@ use anyhow::{Context, anyhow, bail};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::gap::GapMeter;
+use super::gap::{Events, GapMeter};
 use super::pace::{Deadline, RunTime, TICK};
 use super::redis::is_timeout;
 use super::report::{self, StatusFile};
@@ -56,9 +56,8 @@ struct CommonOptions {
     /// Rewritten every 100 ms with {bytes_in, bytes_out, last_received_unix_ms}
     #[arg(long)]
     status_file: Option<PathBuf>,
-    /// One JSON line on stderr whenever a gap above 20 ms is over
-    #[arg(long)]
-    events: bool,
+    #[command(flatten)]
+    events: Events,
     #[command(flatten)]
     run_time: RunTime,
 }
