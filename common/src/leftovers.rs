@@ -13,6 +13,9 @@ use nix::unistd::Pid;
 use crate::cgroup::Freezer;
 use crate::criu::hold::SOCKET_ENV;
 
+/// In the environment of a filler: the hold's socket of its migration. Not the variable of the runtime and CRIU: they are in
+/// cgroups that end with them, a filler is in its agent's.
+pub const FILLER_ENV: &str = "LONGHAUL_FILLER";
 /// How long killed tasks may take to go.
 const GONE_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -21,8 +24,8 @@ const GONE_DEADLINE: Duration = Duration::from_secs(5);
 ///
 /// Only for a migration that has not committed: its container must not run here.
 pub fn end_restore(socket: &Path, runtime_dir: &Path) {
-    let started = processes_of(socket);
-    let mut doomed: BTreeSet<i32> = started.iter().copied().collect();
+    let started = processes_of(SOCKET_ENV, socket);
+    let mut doomed: BTreeSet<i32> = started.iter().copied().chain(processes_of(FILLER_ENV, socket)).collect();
     let own = cgroup_dirs(std::process::id().cast_signed());
     let mut dirs = BTreeSet::new();
     for &pid in &started {
@@ -57,7 +60,12 @@ pub fn end_restore(socket: &Path, runtime_dir: &Path) {
 
 /// Whether a process that was started for the migration whose hold listens at `socket` is still there.
 pub fn is_running(socket: &Path) -> bool {
-    processes_of(socket).into_iter().any(is_alive)
+    processes_of(SOCKET_ENV, socket).into_iter().any(is_alive)
+}
+
+/// Whether memory of a container that was restored with that hold is still being filled in.
+pub fn is_filling(socket: &Path) -> bool {
+    processes_of(FILLER_ENV, socket).into_iter().any(is_alive)
 }
 
 /// Waits until something is no longer so. Those waited for are no children of ours: nobody tells when they are gone.
@@ -79,8 +87,8 @@ fn is_alive(pid: i32) -> bool {
 }
 
 /// Processes that have the hold's socket in the environment they were started with.
-fn processes_of(socket: &Path) -> Vec<i32> {
-    let mut entry = format!("{SOCKET_ENV}=").into_bytes();
+fn processes_of(variable: &str, socket: &Path) -> Vec<i32> {
+    let mut entry = format!("{variable}=").into_bytes();
     entry.extend(socket.as_os_str().as_bytes());
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     entries
@@ -131,10 +139,10 @@ mod tests {
         let socket = dir.path().join("hold.sock");
         let mut child = std::process::Command::new("sleep").arg("60").env(SOCKET_ENV, &socket).spawn().expect("sleeps");
         let pid = child.id().cast_signed();
-        while processes_of(&socket).is_empty() {
+        while processes_of(SOCKET_ENV, &socket).is_empty() {
             std::thread::yield_now();
         }
-        assert_eq!(processes_of(&socket), [pid]);
+        assert_eq!(processes_of(SOCKET_ENV, &socket), [pid]);
         end_restore(&socket, &dir.path().join("none"));
         assert!(!is_alive(pid));
         child.wait().expect("reaped");

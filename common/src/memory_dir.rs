@@ -48,6 +48,11 @@ fn is_mount_point(path: &Path) -> bool {
 
 impl Drop for MemoryDir {
     fn drop(&mut self) {
+        // A container's memory may still be filled in from here.
+        if fs::read_dir(&self.path).is_ok_and(|mut entries| entries.next().is_some()) {
+            tracing::info!(path = %self.path.display(), "left mounted: it is in use");
+            return;
+        }
         if let Err(errno) = umount2(&self.path, MntFlags::MNT_DETACH) {
             tracing::warn!(path = %self.path.display(), %errno, "can't unmount the memory filesystem");
         }

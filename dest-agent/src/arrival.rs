@@ -16,7 +16,7 @@ use longhaul_common::criu::keep_logs;
 use longhaul_common::description::Description;
 use longhaul_common::journal::{Journal, JournalError};
 use longhaul_common::layers::LayerDigests;
-use longhaul_common::leftovers::{end_restore, is_running};
+use longhaul_common::leftovers::{end_restore, is_filling};
 use longhaul_common::net::{Neighbour, Port};
 use longhaul_common::tree::{TreeError, TreeItem, Writer};
 use serde::{Deserialize, Serialize};
@@ -26,7 +26,7 @@ use tracing::Instrument;
 
 use crate::image_entries::EntriesError;
 use crate::images::{ImageError, ImageWriter};
-use crate::memory::receive::{Memory, ReceiveError, SharedMemory, finish, stored_bytes};
+use crate::memory::receive::{Memory, ReceiveError, SharedMemory, close, finish, stored_bytes};
 use crate::memory::store::PageStore;
 use crate::one_file::{OneFile, OneFileError};
 use crate::pagemap::restore_from_images;
@@ -331,9 +331,8 @@ impl Arrival {
             }
             if pages {
                 restore_from_images(&staging.images())?;
-                let start = Instant::now();
-                stored = finish_memory(memory).await?;
-                timings.push(("page-index", start.elapsed()));
+                let memory = memory.ok_or(ReceiveError::NotDue)?;
+                stored = finish(&memory)?.pages;
             }
             let start = Instant::now();
             staging.mount_root(&self.container)?;
@@ -546,16 +545,11 @@ impl Arrival {
         let mut writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         writers.open = false;
         writers.trees.clear();
+        if let Some(memory) = &writers.memory {
+            close(memory);
+        }
         (writers.images_arrived, writers.memory.take())
     }
-}
-
-/// Writes the indexes that the filler reads. The store's tables are not needed after that.
-async fn finish_memory(memory: Option<SharedMemory>) -> Result<u64, ArrivalError> {
-    let memory = memory.ok_or(ReceiveError::NotDue)?;
-    let finished = tokio::task::spawn_blocking(move || finish(&memory)).await;
-    let arrived = finished.map_err(std::io::Error::other).map_err(ReceiveError::from)??;
-    Ok(arrived.pages)
 }
 
 /// Takes the state out if it is the one a message is due in; otherwise it stays.
@@ -594,7 +588,7 @@ async fn resume_committed(migration: &str, record: &Record) {
     // Its memory may still be on its way to it: the filler needs its store.
     let made = record.made.clone();
     tokio::spawn(async move {
-        while is_running(&hold_socket(&made.run)) {
+        while is_filling(&hold_socket(&made.run)) {
             tokio::time::sleep(FILLED_POLL).await;
         }
         let _ = tokio::task::spawn_blocking(move || settle_run(&made)).await;

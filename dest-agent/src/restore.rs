@@ -26,6 +26,9 @@ const START_DEADLINE: Duration = Duration::from_secs(20);
 /// How long a runtime may take to end once CRIU has.
 const END_DEADLINE: Duration = Duration::from_secs(10);
 
+/// How long filling in may take while the container is stopped: less than the source waits for the restore.
+const EAGER_DEADLINE: Duration = Duration::from_secs(100);
+
 /// A restore that failed.
 #[derive(Debug, Error)]
 pub enum RestoreError {
@@ -56,6 +59,9 @@ pub enum RestoreError {
     /// The hold.
     #[error("the restore can't be steered")]
     Hold(#[from] HoldError),
+    /// It is not filled in time.
+    #[error("not all memory was in place within {} s: is the container at its memory limit?", EAGER_DEADLINE.as_secs())]
+    Eager,
     /// The filler.
     #[error(transparent)]
     Fill(#[from] FillError),
@@ -145,7 +151,9 @@ impl Armed {
             && let Some(filler) = &mut self.filler
         {
             filler.go().await?;
-            filler.filled().await?;
+            // Short of memory it would never end; the source waits no longer either.
+            let filled = tokio::time::timeout(EAGER_DEADLINE, filler.filled()).await;
+            filled.map_err(|_| RestoreError::Eager)??;
             self.filler = None;
         }
         Ok(())
@@ -248,9 +256,14 @@ fn preparation(container: &Description, staging: &Staging, from: MemoryFrom) -> 
         inherited.push(rpc::InheritFd { key, fd });
         files.push(OpenFile { fd, path, flags, offset: 0 });
     };
+    let mut netns = String::new();
     if let Some(network) = &staging.network {
         let path = format!("/proc/{}/fd/{}", std::process::id(), network.netns.as_fd().as_raw_fd());
-        give(rpc::EXTERNAL_NETNS.to_owned(), path, nix::libc::O_RDONLY);
+        if container.single_netns {
+            netns = path;
+        } else {
+            give(rpc::EXTERNAL_NETNS.to_owned(), path, nix::libc::O_RDONLY);
+        }
     }
     // Streams that shared one open file share one again.
     let mut seen = VecDeque::new();
@@ -278,5 +291,6 @@ fn preparation(container: &Description, staging: &Staging, from: MemoryFrom) -> 
         files,
         held: vec![POST_RESTORE.to_owned(), PRE_RESUME.to_owned()],
         environment: Vec::new(),
+        netns,
     }
 }

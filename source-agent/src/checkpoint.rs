@@ -52,6 +52,8 @@ pub struct Externals {
     pub own_network_lock: bool,
     /// No tree of cgroups has to be saved.
     pub single_cgroup: bool,
+    /// The network namespace CRIU works in.
+    pub netns: Option<String>,
     /// Entries of CRIU's environment.
     pub environment: Vec<String>,
 }
@@ -198,5 +200,6 @@ fn preparation(externals: &Externals, mut environment: Vec<String>) -> Prepare {
         files: Vec::new(),
         held: vec![NETWORK_LOCK.to_owned(), POST_DUMP.to_owned()],
         environment,
+        netns: externals.netns.clone().unwrap_or_default(),
     }
 }

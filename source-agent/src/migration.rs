@@ -143,6 +143,9 @@ pub enum MigrationError {
         /// Rounds that were tried.
         rounds: usize,
     },
+    /// Memory can't be copied beforehand, and a downtime was asked for.
+    #[error("memory can't be copied while the container runs, so --max-downtime can't be kept: {0}")]
+    NoPrecopy(String),
     /// Its cgroup.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),

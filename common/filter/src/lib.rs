@@ -137,15 +137,14 @@ pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_voi
         return -1;
     };
     // SAFETY: the caller's promise is passed on.
-    let result = unsafe { real(fd, request, argument) };
-    if request != pages::PAGEMAP_SCAN || result <= 0 || argument.is_null() {
-        return result;
+    let pass_on = |argument| unsafe { real(fd, request, argument) };
+    if request != pages::PAGEMAP_SCAN || argument.is_null() {
+        return pass_on(argument);
     }
-    // SAFETY: a successful PAGEMAP_SCAN had an argument of this type, aligned and writable.
+    // SAFETY: the argument of a PAGEMAP_SCAN is of this type, aligned and writable.
     let scan = unsafe { &mut *argument.cast::<pages::ScanArg>() };
-    let (Ok(found), Ok(room)) = (usize::try_from(result), usize::try_from(scan.vec_len)) else { return result };
-    // SAFETY: the kernel has just written `found` regions, of the `room` that the caller gave, to this vector.
-    let regions = unsafe { std::slice::from_raw_parts_mut(scan.vec as *mut pages::Region, room) };
-    let left = pages::filter(fd, scan.category_anyof_mask, regions, found, &mut scan.walk_end);
-    c_int::try_from(left).unwrap_or(result)
+    match pages::visible_parts(fd, scan) {
+        None => pass_on(argument),
+        Some(parts) => pages::scan_parts(scan, &parts, |part| pass_on(std::ptr::from_mut(part).cast())),
+    }
 }

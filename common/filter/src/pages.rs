@@ -26,29 +26,24 @@ const VERSION: &str = "longhaul-filter 1";
 const PRESENT: u64 = 1 << 3;
 /// `struct pm_scan_arg`.
 #[repr(C)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct ScanArg {
     size: u64,
     flags: u64,
     start: u64,
     end: u64,
-    pub(crate) walk_end: u64,
-    pub(crate) vec: u64,
-    pub(crate) vec_len: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
     max_pages: u64,
     category_inverted: u64,
     category_mask: u64,
-    pub(crate) category_anyof_mask: u64,
+    category_anyof_mask: u64,
     return_mask: u64,
 }
 
-/// `struct page_region`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Region {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
+/// Bytes of a `struct page_region`.
+const REGION: u64 = 24;
 
 /// Ranges to leave out, in order, by task.
 type Table = HashMap<i32, Vec<Range<u64>>>;
@@ -87,23 +82,17 @@ fn parse(text: &str) -> Option<Table> {
     Some(table)
 }
 
-/// Takes the first `found` regions down to those that are not to be left out; how many are left. Where there is no room
-/// for the pieces, the scan ends earlier.
-pub(crate) fn filter(fd: i32, wanted: u64, regions: &mut [Region], found: usize, walk_end: &mut u64) -> usize {
-    if wanted & PRESENT == 0 {
-        return found;
+/// The parts of a scan that are not to be left out; nothing if all of it is asked for. What is left out is told.
+pub(crate) fn visible_parts(fd: i32, scan: &ScanArg) -> Option<Vec<Range<u64>>> {
+    if scan.category_anyof_mask & PRESENT == 0 || scan.max_pages != 0 {
+        return None;
     }
-    let Some(filter) = the_filter() else { return found };
-    let Some(pid) = task_of(fd) else { return found };
-    let Some(hidden) = filter.table.get(&pid) else { return found };
-    let Some(answer) = regions.get(..found) else { return found };
-    let (left, gone) = without(answer, hidden);
-    let room = left.len().min(regions.len());
-    if let Some(cut) = left.get(room) {
-        *walk_end = cut.start;
-    }
-    for (to, from) in regions.iter_mut().zip(&left) {
-        *to = *from;
+    let filter = the_filter()?;
+    let pid = task_of(fd)?;
+    let hidden = filter.table.get(&pid)?;
+    let (visible, gone) = without(scan.start..scan.end, hidden);
+    if gone.is_empty() {
+        return None;
     }
     let mut lines = String::new();
     for range in gone {
@@ -112,7 +101,38 @@ pub(crate) fn filter(fd: i32, wanted: u64, regions: &mut [Region], found: usize,
     }
     // What can't be told is missed by the agent, which then does not move the container.
     let _ = (&filter.told).write_all(lines.as_bytes());
-    room
+    Some(visible)
+}
+
+/// Scans parts of a range one after the other into the one vector; the number of regions, as the ioctl gives it. Ends early
+/// where the vector is full, as the ioctl does.
+pub(crate) fn scan_parts(whole: &mut ScanArg, parts: &[Range<u64>], mut scan: impl FnMut(&mut ScanArg) -> i32) -> i32 {
+    let mut found = 0;
+    for part in parts {
+        let mut arg = ScanArg {
+            start: part.start,
+            end: part.end,
+            walk_end: 0,
+            vec: whole.vec + found * REGION,
+            vec_len: whole.vec_len - found,
+            ..*whole
+        };
+        if arg.vec_len == 0 {
+            whole.walk_end = part.start;
+            return found as i32;
+        }
+        let result = scan(&mut arg);
+        if result < 0 {
+            return result;
+        }
+        found += u64::from(result.unsigned_abs());
+        if arg.walk_end < part.end {
+            whole.walk_end = arg.walk_end;
+            return found as i32;
+        }
+    }
+    whole.walk_end = whole.end;
+    found as i32
 }
 
 /// The task whose `/proc/<pid>/pagemap` this is.
@@ -125,24 +145,21 @@ fn task_of(fd: i32) -> Option<i32> {
     parts.next()?.parse().ok()
 }
 
-/// The regions without what is hidden, and what that was.
-fn without(regions: &[Region], hidden: &[Range<u64>]) -> (Vec<Region>, Vec<Range<u64>>) {
-    let mut left = Vec::with_capacity(regions.len());
-    let mut gone = Vec::new();
-    for region in regions {
-        let mut at = region.start;
-        let first = hidden.partition_point(|range| range.end <= region.start);
-        for range in hidden.get(first..).unwrap_or_default().iter().take_while(|range| range.start < region.end) {
-            if range.start > at {
-                left.push(Region { start: at, end: range.start, ..*region });
-            }
-            let end = range.end.min(region.end);
-            gone.push(range.start.max(at)..end);
-            at = end;
+/// A range without what is hidden, and what that was.
+fn without(range: Range<u64>, hidden: &[Range<u64>]) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
+    let (mut left, mut gone) = (Vec::new(), Vec::new());
+    let mut at = range.start;
+    let first = hidden.partition_point(|hidden| hidden.end <= range.start);
+    for hidden in hidden.get(first..).unwrap_or_default().iter().take_while(|hidden| hidden.start < range.end) {
+        if hidden.start > at {
+            left.push(at..hidden.start);
         }
-        if at < region.end {
-            left.push(Region { start: at, ..*region });
-        }
+        let end = hidden.end.min(range.end);
+        gone.push(hidden.start.max(at)..end);
+        at = end;
+    }
+    if at < range.end {
+        left.push(at..range.end);
     }
     (left, gone)
 }
@@ -151,24 +168,60 @@ fn without(regions: &[Region], hidden: &[Range<u64>]) -> (Vec<Region>, Vec<Range
 mod tests {
     use super::*;
 
-    const PAGE: u64 = 4096;
-
-    fn region(start: u64, end: u64) -> Region {
-        Region { start: start * PAGE, end: end * PAGE, categories: 8 }
+    #[test]
+    fn what_is_hidden_is_cut_out() {
+        let hidden = [2..4, 6..22, 28..29, 40..50];
+        assert_eq!(without(0..10, &hidden), (vec![0..2, 4..6], vec![2..4, 6..10]));
+        assert_eq!(without(20..30, &hidden), (vec![22..28, 29..30], vec![20..22, 28..29]));
+        assert_eq!(without(40..50, &hidden), (vec![], vec![40..50]));
+        assert_eq!(without(30..35, &hidden), (vec![30..35], vec![]));
     }
 
-    fn range(start: u64, end: u64) -> Range<u64> {
-        start * PAGE..end * PAGE
+    fn arg(start: u64, end: u64, vec_len: u64) -> ScanArg {
+        ScanArg {
+            size: 96,
+            flags: 0,
+            start,
+            end,
+            walk_end: 0,
+            vec: 0,
+            vec_len,
+            max_pages: 0,
+            category_inverted: 0,
+            category_mask: 0,
+            category_anyof_mask: PRESENT,
+            return_mask: 0,
+        }
     }
 
     #[test]
-    fn what_is_hidden_is_cut_out() {
-        let regions = [region(0, 10), region(20, 30), region(40, 50)];
-        let hidden = [range(2, 4), range(6, 22), range(28, 29), range(40, 50)];
-        let (left, gone) = without(&regions, &hidden);
-        assert_eq!(left, [region(0, 2), region(4, 6), region(22, 28), region(29, 30)]);
-        assert_eq!(gone, [range(2, 4), range(6, 10), range(20, 22), range(28, 29), range(40, 50)]);
-        assert_eq!(without(&regions, &[]), (regions.to_vec(), Vec::new()));
+    fn parts_share_one_vector() {
+        let mut whole = arg(0, 100, 3);
+        let mut asked = Vec::new();
+        let found = scan_parts(&mut whole, &[0..10, 20..30], |part| {
+            asked.push((part.start, part.end, part.vec, part.vec_len));
+            part.walk_end = part.end;
+            1
+        });
+        assert_eq!((found, whole.walk_end), (2, 100));
+        assert_eq!(asked, [(0, 10, 0, 3), (20, 30, REGION, 2)]);
+        assert_eq!(scan_parts(&mut whole, &[], |_| -1), 0);
+    }
+
+    #[test]
+    fn a_full_vector_ends_the_scan_early() {
+        let mut whole = arg(0, 100, 2);
+        let full = |part: &mut ScanArg| {
+            part.walk_end = part.start + 5;
+            2
+        };
+        assert_eq!((scan_parts(&mut whole, &[10..20, 30..40], full), whole.walk_end), (2, 15));
+        let to_its_end = |part: &mut ScanArg| {
+            part.walk_end = part.end;
+            2
+        };
+        assert_eq!((scan_parts(&mut whole, &[10..20, 30..40], to_its_end), whole.walk_end), (2, 30));
+        assert_eq!(scan_parts(&mut whole, &[10..20], |_| -1), -1);
     }
 
     #[test]

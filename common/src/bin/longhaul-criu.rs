@@ -1,7 +1,8 @@
 //! Stands in CRIU's place on a runtime's `PATH`: see `longhaul_common::criu::hold`.
 
+use std::ffi::OsStr;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -9,8 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode};
 use std::time::{Duration, Instant};
 
+use longhaul_common::criu::archive;
 use longhaul_common::criu::hold::{CRIU_ENV, End, Event, Hello, MAX_FRAME_BYTES, Prepare, SOCKET_ENV, ToAgent, ToHold};
 use longhaul_common::criu::rpc::{Options, Request, RequestType, Response};
+use longhaul_common::sys::InNetns;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
@@ -25,8 +28,10 @@ const GIVE_UP_BEFORE_GO: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     let words: Vec<std::ffi::OsString> = std::env::args_os().collect();
-    if words.first().is_some_and(|name| Path::new(name).file_name() == Some("gzip".as_ref())) {
-        return pass_through();
+    match words.first().and_then(|name| Path::new(name).file_name()).and_then(OsStr::to_str) {
+        Some("gzip") => return pass_through(),
+        Some("tar") => return archive(&words[1..]),
+        _ => {}
     }
     let criu = std::env::var_os(CRIU_ENV).map_or_else(|| PathBuf::from("/usr/sbin/criu"), PathBuf::from);
     let socket = std::env::var_os(SOCKET_ENV).map(PathBuf::from);
@@ -61,10 +66,40 @@ fn pass_through() -> ExitCode {
     }
 }
 
+/// What CRIU takes for tar.
+fn archive(words: &[std::ffi::OsString]) -> ExitCode {
+    let done = match archive::asked(words) {
+        Some((dir, true)) => {
+            let mut output = io::BufWriter::new(io::stdout().lock());
+            archive::create(&dir, &mut output).and_then(|done| output.flush().map(|()| done))
+        }
+        Some((dir, false)) => io::stdin()
+            .as_fd()
+            .try_clone_to_owned()
+            .and_then(|input| archive::extract(&mut std::fs::File::from(input), &dir)),
+        None => Ok(false),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => {
+            // The one behind us on the path.
+            let real = ["/usr/bin/tar", "/bin/tar"].into_iter().find(|path| Path::new(path).exists());
+            let error = Command::new(real.unwrap_or("/usr/bin/tar")).args(words).exec();
+            eprintln!("longhaul-criu: can't run tar: {error}");
+            ExitCode::from(127)
+        }
+        Err(error) => {
+            eprintln!("longhaul-criu: can't pack or unpack a memory filesystem: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// Takes the runtime's one request and sees it through.
 fn serve(runtime: &Rpc, criu: &Path, socket: &Path) -> io::Result<ExitCode> {
     let (request, _) = runtime.receive()?;
     let decoded = Request::decode(request.as_slice()).map_err(io::Error::other)?;
+    // Anything else (a VERSION or FEATURE_CHECK) is CRIU's own matter.
     if !matches!(decoded.kind(), RequestType::Dump | RequestType::Restore) {
         let (mut child, rpc) = start_criu(criu, &Prepare::default())?;
         rpc.send(&request, None)?;
@@ -196,6 +231,10 @@ fn start_criu(criu: &Path, prepare: &Prepare) -> io::Result<(Child, Rpc)> {
         if let Some((name, value)) = entry.split_once('=') {
             command.env(name, value);
         }
+    }
+    let netns = (!prepare.netns.is_empty()).then(|| std::fs::File::open(&prepare.netns)).transpose()?;
+    if let Some(netns) = &netns {
+        command.in_netns(netns.as_fd());
     }
     let theirs_raw = theirs.as_raw_fd();
     let moves: Vec<(RawFd, RawFd)> = opened.iter().map(|(from, to)| (from.as_raw_fd(), *to)).collect();

@@ -115,6 +115,9 @@ pub struct Prepare {
     /// Environment of CRIU's process, `NAME=value`.
     #[prost(string, repeated, tag = "4")]
     pub environment: Vec<String>,
+    /// The network namespace CRIU is started in; empty: the runtime's.
+    #[prost(string, tag = "5")]
+    pub netns: String,
 }
 
 /// A descriptor CRIU inherits.

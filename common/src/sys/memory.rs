@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
 
 /// A page, in bytes. The kernels this is built for have no other size.
 pub const PAGE: u64 = 4096;
@@ -12,14 +13,14 @@ pub const PAGE: u64 = 4096;
 pub mod category {
     /// Written since it was last write-protected.
     pub const WRITTEN: u64 = 1 << 1;
-    /// Page cache or shared memory, not the task's own.
-    pub const FILE: u64 = 1 << 2;
     /// In memory.
     pub const PRESENT: u64 = 1 << 3;
     /// In swap.
     pub const SWAPPED: u64 = 1 << 4;
     /// The shared page of zeroes.
     pub const ZERO: u64 = 1 << 5;
+    /// A guard (`MADV_GUARD_INSTALL`): looks like swapped, and can't be read. Linux 6.15.
+    pub const GUARD: u64 = 1 << 8;
 }
 
 /// `PM_SCAN_WP_MATCHING`: write-protect what is reported, at once.
@@ -59,7 +60,9 @@ const _: () = assert!(size_of::<ScanArg>() == 96 && size_of::<PageRegion>() == 2
 /// Which pages a scan reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scan {
-    /// The task's own pages that have content: what CRIU would save (`pmc_fill` in criu/pagemap-cache.c, 4.2).
+    /// Pages that have content: what CRIU would save of an anonymous area (`pmc_fill` in criu/pagemap-cache.c, 4.2). It is not
+    /// asked whether they are of a file: in such an area none is, and to find out the kernel reads each page's descriptor,
+    /// which takes ten times as long as all the rest.
     Content,
     /// Of those, the ones written since they were last protected.
     Written,
@@ -67,7 +70,8 @@ pub enum Scan {
     TakeWritten,
 }
 
-/// Calls `found` with every range of pages in `[start, end)` that matches, in order. `pagemap` is `/proc/<pid>/pagemap`.
+/// Calls `found` with every range of pages in `[start, end)`, an anonymous area, that matches, in order. `pagemap` is
+/// `/proc/<pid>/pagemap`.
 ///
 /// # Errors
 /// `EPERM` for `Written` and `TakeWritten` where an area is not registered for asynchronous write protection: what was
@@ -89,8 +93,8 @@ pub fn scan(pagemap: &File, start: u64, end: u64, what: Scan, mut found: impl Fn
             end,
             vec: regions.as_mut_ptr() as u64,
             vec_len: REGIONS as u64,
-            category_inverted: category::ZERO | category::FILE,
-            category_mask: category::ZERO | category::FILE | written,
+            category_inverted: no_content(),
+            category_mask: no_content() | written,
             category_anyof_mask: category::PRESENT | category::SWAPPED,
             return_mask: category::PRESENT | category::SWAPPED,
             ..ScanArg::default()
@@ -106,6 +110,20 @@ pub fn scan(pagemap: &File, start: u64, end: u64, what: Scan, mut found: impl Fn
         at = arg.walk_end;
     }
     Ok(())
+}
+
+/// Categories of pages that have no content of their own, as far as this kernel knows them.
+fn no_content() -> u64 {
+    static KNOWN: OnceLock<u64> = OnceLock::new();
+    *KNOWN.get_or_init(|| {
+        let all = category::ZERO | category::GUARD;
+        let Ok(pagemap) = File::open("/proc/self/pagemap") else { return category::ZERO };
+        let mut arg =
+            ScanArg { size: size_of::<ScanArg>() as u64, end: PAGE, category_mask: all, ..ScanArg::default() };
+        // SAFETY: the argument outlives the call; it asks for no region.
+        let known = unsafe { request::pagemap_scan(pagemap.as_raw_fd(), &raw mut arg) }.is_ok();
+        if known { all } else { category::ZERO }
+    })
 }
 
 /// `UFFD_API`.
@@ -197,7 +215,7 @@ pub enum Placed {
     Bytes(u64),
     /// There is a page already at the beginning.
     Exists,
-    /// The beginning is in no registered area any more.
+    /// The beginning is in no registered area any more, or the pages are in more than one area.
     Gone,
     /// An event has to be read first.
     Event,
@@ -212,7 +230,7 @@ fn placed(result: nix::Result<i32>, done: i64, len: u64) -> io::Result<Placed> {
         Err(Errno::EAGAIN) if done > 0 => Ok(Placed::Bytes(done.unsigned_abs())),
         Err(Errno::EAGAIN) => Ok(Placed::Event),
         Err(Errno::EEXIST) => Ok(Placed::Exists),
-        Err(Errno::ENOENT | Errno::EINVAL | Errno::EFAULT) => Ok(Placed::Gone),
+        Err(Errno::ENOENT | Errno::EINVAL) => Ok(Placed::Gone),
         Err(Errno::ESRCH) => Ok(Placed::Ended),
         Err(errno) => Err(errno.into()),
     }
@@ -221,7 +239,8 @@ fn placed(result: nix::Result<i32>, done: i64, len: u64) -> io::Result<Placed> {
 /// Copies `source`, whole pages, to `address` in the address space of `uffd` and wakes who waits for them.
 ///
 /// # Errors
-/// `ENOMEM`: the container's memory limit, or the host's memory, is used up.
+/// `ENOMEM`: the container's memory limit, or the host's memory, is used up. `EFAULT`: the source could not be brought back
+/// from swap, for the same reason.
 pub fn copy_pages(uffd: BorrowedFd<'_>, address: u64, source: &[u8]) -> io::Result<Placed> {
     let len = source.len() as u64;
     let mut copy = UffdCopy { dst: address, src: source.as_ptr() as u64, len, mode: 0, copy: 0 };
@@ -239,6 +258,17 @@ pub fn zero_pages(uffd: BorrowedFd<'_>, address: u64, len: u64) -> io::Result<Pl
     // SAFETY: the argument outlives the call.
     let result = unsafe { request::uffdio_zeropage(uffd.as_raw_fd(), &raw mut zero) };
     placed(result, zero.zeropage, len)
+}
+
+/// Wakes whoever waits in an address space: who still has to wait will say so again.
+///
+/// # Errors
+/// None that matters.
+pub fn wake_all(uffd: BorrowedFd<'_>) -> io::Result<()> {
+    /// Above what may be mapped at all (vm.mmap_min_addr), below the end of the smaller kind of address space.
+    const FIRST: u64 = 1 << 16;
+    const END: u64 = (1 << 47) - PAGE;
+    wake(uffd, FIRST, END - FIRST)
 }
 
 /// Wakes who waits for pages that are there already.

@@ -237,3 +237,14 @@ pub fn adopt(fd: std::os::fd::RawFd) -> OwnedFd {
     // SAFETY: as the documentation says; the one caller passes on what recvmsg(2) gave it.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
+
+/// Whether two tasks have one address space (kcmp(2), `KCMP_VM`).
+///
+/// # Errors
+/// `ESRCH`: one of them is gone.
+pub fn share_memory(one: i32, other: i32) -> io::Result<bool> {
+    const KCMP_VM: libc::c_int = 1;
+    // SAFETY: kcmp(2) with KCMP_VM takes no pointer.
+    let compared = unsafe { libc::syscall(libc::SYS_kcmp, one, other, KCMP_VM, 0, 0) };
+    if compared < 0 { Err(io::Error::last_os_error()) } else { Ok(compared == 0) }
+}

@@ -19,6 +19,11 @@ use super::explain;
 
 /// How long a handshake may take: a port scanner must not hold a slot.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
+/// Connections of hosts that are gone end after 10 s.
+const KEEP_ALIVE: socket2::TcpKeepalive = socket2::TcpKeepalive::new()
+    .with_time(Duration::from_secs(5))
+    .with_interval(Duration::from_secs(1))
+    .with_retries(5);
 /// Connections that are between handshake and service.
 const QUEUE: usize = 16;
 
@@ -91,6 +96,10 @@ async fn handshake(acceptor: TlsAcceptor, tcp: TcpStream, address: SocketAddr, a
     // Without it every small message waits for the peer's delayed acknowledgement.
     if let Err(error) = tcp.set_nodelay(true) {
         tracing::warn!(%error, "can't turn off Nagle's algorithm");
+    }
+    // A host that is gone says nothing: what it sent must not be kept for ever.
+    if let Err(error) = socket2::SockRef::from(&tcp).set_tcp_keepalive(&KEEP_ALIVE) {
+        tracing::warn!(%error, "can't watch over a connection");
     }
     let attempt = acceptor.accept(tcp).into_fallible();
     match tokio::time::timeout(HANDSHAKE_DEADLINE, attempt).await {

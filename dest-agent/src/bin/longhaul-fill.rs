@@ -8,6 +8,7 @@ use longhaul_common::telemetry;
 use longhaul_dest::memory::channel::Channel;
 use longhaul_dest::memory::filler::Filler;
 use longhaul_dest::memory::keeper::Keeper;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Fills in the memory of one restored container. The destination agent starts it.
 #[derive(Parser)]
@@ -35,6 +36,10 @@ enum Role {
 
 fn main() -> ExitCode {
     telemetry::init();
+    // A descriptor for each address space, and one more for each that is forked meanwhile.
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
     let done = match Cli::parse().role {
         Role::Keep { dir, socket } => Keeper::bind(&dir, &socket).and_then(Keeper::run),
         Role::Work { dir } => std::os::fd::AsFd::as_fd(&std::io::stdin())

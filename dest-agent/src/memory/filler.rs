@@ -9,9 +9,11 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use longhaul_common::sys::memory::{Mapping, PAGE, Placed, UffdEvent, copy_pages, next_event, wake, zero_pages};
+use longhaul_common::sys::memory::{
+    Mapping, PAGE, Placed, UffdEvent, copy_pages, next_event, wake, wake_all, zero_pages,
+};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -22,6 +24,10 @@ use super::store::SLOTS;
 
 /// Pages placed at once in the background: 256 KiB, 0.1 ms, which is how long a fault may have to wait.
 const CHUNK: u64 = 64;
+/// The same while faults come: the next one is near.
+const CHUNK_BETWEEN_FAULTS: u64 = 8;
+/// How long after a fault the next one is expected.
+const FAULTS_EXPECTED: Duration = Duration::from_millis(1);
 /// Pages placed for a fault: the one, and what a sequential reader wants next.
 const FAULT_CHUNK: u64 = 16;
 /// The pause when the container's memory limit is reached: its tasks free memory, or the kernel ends them.
@@ -31,7 +37,8 @@ const LOG: &str = "events";
 
 /// See the module.
 pub struct Filler {
-    channel: Channel,
+    /// To the keeper, while it is there.
+    channel: Option<Channel>,
     slots: Mapping,
     slots_file: File,
     log: File,
@@ -43,6 +50,7 @@ pub struct Filler {
     background: bool,
     restored: bool,
     short_of_memory: bool,
+    last_fault: Option<Instant>,
 }
 
 impl Filler {
@@ -61,7 +69,10 @@ impl Filler {
             }
         }
         let mut next_forked = FIRST_FORKED;
-        for bytes in std::fs::read(&log_path)?.chunks_exact(EVENT) {
+        let logged = std::fs::read(&log_path)?;
+        // A worker may have ended in the middle of its last entry.
+        log.set_len((logged.len() / EVENT * EVENT) as u64)?;
+        for bytes in logged.chunks_exact(EVENT) {
             let (space, event) = decode(bytes)?;
             if let Event::Fork { child } = event {
                 next_forked = next_forked.max(child + 1);
@@ -69,7 +80,7 @@ impl Filler {
             plan.apply(space, event);
         }
         Ok(Self {
-            channel,
+            channel: Some(channel),
             slots,
             slots_file,
             log,
@@ -81,6 +92,7 @@ impl Filler {
             background: false,
             restored: false,
             short_of_memory: false,
+            last_fault: None,
         })
     }
 
@@ -100,6 +112,7 @@ impl Filler {
             if control && !self.control()? {
                 // The keeper is gone, with its agent's will: there is nobody to start us again, so go on to the end.
                 tracing::warn!("the keeper of this filler is gone");
+                self.channel = None;
                 self.background = true;
                 self.restored = true;
             }
@@ -117,26 +130,32 @@ impl Filler {
     }
 
     fn wait(&self, timeout: PollTimeout) -> io::Result<(bool, Vec<SpaceId>)> {
-        let mut polled = vec![PollFd::new(self.channel.as_fd(), PollFlags::POLLIN)];
-        polled.extend(self.spaces.values().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
+        let uffds = self.spaces.values().map(AsFd::as_fd);
+        let mut polled: Vec<PollFd<'_>> =
+            uffds.chain(self.channel.as_ref().map(AsFd::as_fd)).map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         match poll(&mut polled, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
         }
         let is_ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
-        let control = polled.first().is_some_and(is_ready);
-        let ready = self.spaces.keys().zip(polled.iter().skip(1)).filter(|(_, fd)| is_ready(fd));
+        let control = self.channel.is_some() && polled.last().is_some_and(is_ready);
+        let ready = self.spaces.keys().zip(&polled).filter(|(_, fd)| is_ready(fd));
         Ok((control, ready.map(|(space, _)| *space).collect()))
     }
 
     /// Takes one message from the keeper; false if it is gone.
     fn control(&mut self) -> io::Result<bool> {
-        match self.channel.receive() {
+        let Some(channel) = &self.channel else { return Ok(true) };
+        match channel.receive() {
             Ok(Some(Message::Add(space, fd))) => {
                 if !self.plan.knows(space) {
                     // Nothing of it is in the store: its content came with CRIU's images.
                     self.plan.add(space, Arc::default());
                 }
+                self.next_forked =
+                    if space >= FIRST_FORKED { self.next_forked.max(space + 1) } else { self.next_forked };
+                // A fault that an earlier worker read is told of again only if its task is woken.
+                let _ = wake_all(fd.as_fd());
                 self.spaces.insert(space, fd);
             }
             Ok(Some(Message::Go)) => self.background = true,
@@ -156,19 +175,24 @@ impl Filler {
                 Ok(Some(event)) => event,
                 Ok(None) => return Ok(()),
                 Err(error) => {
-                    tracing::warn!(space, %error, "an address space can't be read from any more");
-                    return self.done(space);
+                    // Out of descriptors or memory for a fork's: the kernel keeps the event.
+                    tracing::warn!(space, %error, "can't read an event now");
+                    self.short_of_memory = true;
+                    return Ok(());
                 }
             };
             let event = match event {
                 UffdEvent::Fault(address) => {
                     self.faults.push_back((space, address / PAGE));
+                    self.last_fault = Some(Instant::now());
                     continue;
                 }
                 UffdEvent::Fork(fd) => {
                     let child = self.next_forked;
                     self.next_forked += 1;
-                    self.channel.send_add(child, fd.as_fd()).or_else(ignore_gone)?;
+                    if let Some(channel) = &self.channel {
+                        channel.send_add(child, fd.as_fd()).or_else(ignore_gone)?;
+                    }
                     self.spaces.insert(child, fd);
                     Event::Fork { child }
                 }
@@ -179,8 +203,11 @@ impl Filler {
                     Event::Drop { start: start / PAGE, end: end.div_ceil(PAGE) }
                 }
             };
-            self.log.write_all(&encode(space, event))?;
             self.plan.apply(space, event);
+            if let Err(error) = self.log.write_all(&encode(space, event)) {
+                // What is known now stays right; only a worker after this one would not know it.
+                tracing::error!(%error, "can't log what the container did to its memory");
+            }
         }
     }
 
@@ -207,8 +234,10 @@ impl Filler {
     /// One chunk of every address space.
     fn fill_some(&mut self) -> io::Result<()> {
         let spaces: Vec<SpaceId> = self.spaces.keys().copied().collect();
+        let expecting = self.last_fault.is_some_and(|fault| fault.elapsed() < FAULTS_EXPECTED);
+        let chunk = if expecting { CHUNK_BETWEEN_FAULTS } else { CHUNK };
         for space in spaces {
-            let Some(run) = self.plan.next(space, CHUNK) else {
+            let Some(run) = self.plan.next(space, chunk) else {
                 if !self.faults.iter().any(|(waiting, _)| *waiting == space) {
                     self.done(space)?;
                 }
@@ -232,6 +261,15 @@ impl Filler {
 
     /// Puts a run in place; nothing if there is no memory for it now.
     fn place(&mut self, space: SpaceId, run: Run) -> io::Result<Option<Placed>> {
+        match self.place_all(space, run)? {
+            // The kernel takes nothing of a run that is not within one area, and areas are split without a word (mprotect,
+            // madvise): only of a single page does it say that the page is gone.
+            Some(Placed::Gone) if run.count > 1 => self.place_all(space, Run { count: 1, ..run }),
+            placed => Ok(placed),
+        }
+    }
+
+    fn place_all(&mut self, space: SpaceId, run: Run) -> io::Result<Option<Placed>> {
         let Some(fd) = self.spaces.get(&space) else { return Ok(Some(Placed::Ended)) };
         let address = run.page * PAGE;
         let placed = if run.entry == ZERO {
@@ -254,7 +292,7 @@ impl Filler {
                 }
                 Ok(Some(placed))
             }
-            Err(error) if error.raw_os_error() == Some(nix::libc::ENOMEM) => {
+            Err(error) if matches!(error.raw_os_error(), Some(nix::libc::ENOMEM | nix::libc::EFAULT)) => {
                 tracing::warn!("no memory for the container's pages now: it is at its limit, or the host is");
                 self.short_of_memory = true;
                 Ok(None)
@@ -277,7 +315,7 @@ impl Filler {
         self.faults.retain(|(waiting, _)| *waiting != space);
         // Closed on both sides, the kernel lets the areas go: what has no page is zero from now on.
         self.spaces.remove(&space);
-        self.channel.send(&Message::Done(space)).or_else(ignore_gone)
+        self.channel.as_ref().map_or(Ok(()), |channel| channel.send(&Message::Done(space)).or_else(ignore_gone))
     }
 }
 

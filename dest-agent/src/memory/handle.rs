@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use longhaul_common::criu::hold::SOCKET_ENV;
+use longhaul_common::leftovers::FILLER_ENV;
 use thiserror::Error;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
@@ -44,7 +44,7 @@ impl Filler {
     pub async fn start(program: &Path, pages: &Path, work: &Path, hold: &Path) -> Result<Self, FillError> {
         let failed = |source| FillError::Start { program: program.display().to_string(), source };
         let mut command = Command::new(program);
-        command.arg("keep").arg(pages).arg(work.join(SOCKET)).env(SOCKET_ENV, hold);
+        command.arg("keep").arg(pages).arg(work.join(SOCKET)).env(FILLER_ENV, hold);
         // It outlives this agent, and must not end with its terminal.
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
         let mut child = command.spawn().map_err(failed)?;

@@ -35,7 +35,10 @@ impl Index {
             to.write_all(&range.start.to_le_bytes())?;
             to.write_all(&range.end.to_le_bytes())?;
         }
-        let bytes: Vec<u8> = slots.iter().flat_map(|slot| slot.to_le_bytes()).collect();
+        let mut bytes = vec![0; slots.len() * 4];
+        for (four, slot) in bytes.chunks_exact_mut(4).zip(slots) {
+            four.copy_from_slice(&slot.to_le_bytes());
+        }
         to.write_all(&bytes)
     }
 

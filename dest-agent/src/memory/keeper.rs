@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -21,8 +22,11 @@ use super::plan::SpaceId;
 
 /// CRIU's word that all is restored (`LAZY_PAGES_RESTORE_FINISHED`).
 const RESTORE_FINISHED: i32 = 0x5253_5446;
-/// Workers that may end early before the keeper takes it for a bug; each of them has gone on from where the last one was.
-const MAX_WORKERS: u32 = 100;
+/// The pause after a worker's early end: tasks wait for it.
+const EARLY_END: Duration = Duration::from_millis(5);
+/// The pause after a failure. The keeper tries for as long as it takes: its end would be the end of the memory that is
+/// not in place yet.
+const AFTER_FAILURE: Duration = Duration::from_millis(200);
 
 /// See the module.
 pub struct Keeper {
@@ -31,7 +35,8 @@ pub struct Keeper {
     criu: Option<UnixStream>,
     agent: Option<io::Stdin>,
     worker: Option<(Child, Channel)>,
-    started: u32,
+    /// Since then a worker is wanted.
+    criu_came: bool,
     spaces: BTreeMap<SpaceId, OwnedFd>,
     go: bool,
     restored: bool,
@@ -53,7 +58,7 @@ impl Keeper {
             criu: None,
             agent: Some(io::stdin()),
             worker: None,
-            started: 0,
+            criu_came: false,
             spaces: BTreeMap::new(),
             go: false,
             restored: false,
@@ -64,17 +69,35 @@ impl Keeper {
     pub fn run(mut self) -> io::Result<()> {
         say("ready");
         loop {
-            for ready in self.wait()? {
-                let go_on = match ready {
-                    Ready::Agent => self.agent()?,
-                    Ready::Criu => self.criu()?,
-                    Ready::Worker => self.worker()?,
-                };
-                if !go_on {
-                    return Ok(());
+            match self.step() {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                // Nothing is in its hands yet: the restore fails, and the container stays where it is.
+                Err(error) if self.spaces.is_empty() => return Err(error),
+                Err(error) => {
+                    tracing::error!(%error, "the keeper of a container's memory goes on after a failure");
+                    std::thread::sleep(AFTER_FAILURE);
                 }
             }
         }
+    }
+
+    /// Does what is due; false when it is all done.
+    fn step(&mut self) -> io::Result<bool> {
+        if self.worker.is_none() && self.criu_came {
+            self.start_worker()?;
+        }
+        for ready in self.wait()? {
+            let go_on = match ready {
+                Ready::Agent => self.agent()?,
+                Ready::Criu => self.criu()?,
+                Ready::Worker => self.worker()?,
+            };
+            if !go_on {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn wait(&self) -> io::Result<Vec<Ready>> {
@@ -145,8 +168,8 @@ impl Keeper {
         {
             let (criu, _) = listener.accept()?;
             self.criu = Some(criu);
+            self.criu_came = true;
             self.listener = None;
-            self.start_worker()?;
             return Ok(true);
         }
         let Some(criu) = &self.criu else { return Ok(true) };
@@ -183,7 +206,13 @@ impl Keeper {
                 self.spaces.remove(&space);
             }
             Ok(Some(_)) => {}
-            Ok(None) | Err(_) => {
+            Err(error) => {
+                tracing::error!(%error, "the filler can't be understood and is started again");
+                let _ = child.kill();
+                let _ = child.wait();
+                self.worker = None;
+            }
+            Ok(None) => {
                 let status = child.wait()?;
                 if status.success() {
                     say("filled");
@@ -191,17 +220,13 @@ impl Keeper {
                 }
                 tracing::error!(%status, "the filler ended early and is started again");
                 self.worker = None;
-                self.start_worker()?;
+                std::thread::sleep(EARLY_END);
             }
         }
         Ok(true)
     }
 
     fn start_worker(&mut self) -> io::Result<()> {
-        if self.started >= MAX_WORKERS {
-            return Err(io::Error::other("the filler ends early again and again"));
-        }
-        self.started += 1;
         let (ours, theirs) = Channel::pair()?;
         // Standard input is the one descriptor that needs no number on the command line.
         let input = Stdio::from(theirs.as_fd().try_clone_to_owned()?);

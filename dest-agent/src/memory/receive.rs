@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use longhaul_common::pages::{
-    FrameError, HEADER, HELLO, Header, Hello, Kind, MAX_TEXT, RECORD, Record, Reply, checksum, decode_records,
+    Buffers, FrameError, HEADER, HELLO, Header, Hello, Kind, MAX_TEXT, RECORD, Record, Reply, checksum, decode_records,
 };
 use longhaul_common::tls::TlsConnection;
 use thiserror::Error;
@@ -24,6 +24,8 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// Ranges of content in one address space: a container with more areas than the kernel's limit
 /// (vm.max_map_count, 65,530) times the holes in them.
 const MAX_RANGES: usize = 16 << 20;
+/// Page connections of one migration at a time.
+const MAX_STREAMS: u32 = 8;
 
 /// Pages that can't be taken.
 #[derive(Debug, Error)]
@@ -48,6 +50,15 @@ pub enum ReceiveError {
     /// Too many ranges.
     #[error("the peer announced more than {MAX_RANGES} ranges of memory")]
     TooMany,
+    /// Ranges out of order.
+    #[error("the peer announced ranges of memory that overlap or are not in order")]
+    Unsorted,
+    /// A stream too many.
+    #[error("stream {0} of the page connection: at most {MAX_STREAMS} are taken")]
+    Stream(u32),
+    /// Another connection of the same stream has come.
+    #[error("another connection took this one's place")]
+    Replaced,
     /// Not in this state of the migration.
     #[error("pages are not due now")]
     NotDue,
@@ -56,12 +67,16 @@ pub enum ReceiveError {
 /// The memory of one arriving container.
 #[derive(Debug)]
 pub struct Memory {
-    store: PageStore,
+    /// Nothing once the migration has ended.
+    store: Option<PageStore>,
     /// The last frame stored, by stream.
     last: HashMap<u32, u64>,
     content: HashMap<u32, Vec<Range<u64>>>,
     ranges: usize,
-    ended: bool,
+    /// Set when everything is here and the indexes are written.
+    arrived: Option<Arrived>,
+    /// Which connection each stream has: the latest.
+    connections: HashMap<u32, u64>,
 }
 
 /// What has arrived in the end.
@@ -79,48 +94,84 @@ pub type SharedMemory = Arc<Mutex<Memory>>;
 impl Memory {
     /// Into a store that is empty.
     pub fn new(store: PageStore) -> SharedMemory {
-        Arc::new(Mutex::new(Self { store, last: HashMap::new(), content: HashMap::new(), ranges: 0, ended: false }))
+        Arc::new(Mutex::new(Self {
+            store: Some(store),
+            last: HashMap::new(),
+            content: HashMap::new(),
+            ranges: 0,
+            arrived: None,
+            connections: HashMap::new(),
+        }))
     }
 
-    fn apply(&mut self, stream: u32, frame: &Frame) -> Result<(), ReceiveError> {
-        let last = self.last.entry(stream).or_default();
-        if frame.header.sequence != *last + 1 {
-            return Err(ReceiveError::Order { got: frame.header.sequence, expected: *last + 1 });
+    /// A new connection takes the place of the one before; its number, and the last frame that is stored.
+    fn connect(&mut self, stream: u32) -> (u64, u64) {
+        let number = self.connections.entry(stream).or_default();
+        *number += 1;
+        (*number, self.last.get(&stream).copied().unwrap_or(0))
+    }
+
+    /// Writes the indexes. Nothing may be missing.
+    fn write_indexes(&self) -> Result<Arrived, ReceiveError> {
+        let store = self.store.as_ref().ok_or(ReceiveError::NotDue)?;
+        let mut pages = 0;
+        for (space, ranges) in &self.content {
+            pages += store.write_index(*space, ranges)?;
         }
+        Ok(Arrived { pages, store_bytes: store.bytes() })
+    }
+
+    fn apply(&mut self, stream: u32, connection: u64, frame: &Frame) -> Result<(), ReceiveError> {
+        if self.connections.get(&stream) != Some(&connection) {
+            return Err(ReceiveError::Replaced);
+        }
+        let last = self.last.get(&stream).copied().unwrap_or(0);
+        if frame.header.sequence <= last {
+            // Sent again over a new connection, while it was on its way from the old one into the store.
+            return Ok(());
+        }
+        if frame.header.sequence != last + 1 {
+            return Err(ReceiveError::Order { got: frame.header.sequence, expected: last + 1 });
+        }
+        let store = self.store.as_mut().filter(|_| self.arrived.is_none()).ok_or(ReceiveError::NotDue)?;
         let space = frame.header.space;
         match frame.header.kind {
-            Kind::Batch => self.store.apply(space, &frame.records, &frame.data)?,
+            Kind::Batch => store.apply(space, &frame.records, &frame.data)?,
             Kind::Content => {
                 self.ranges += frame.records.len();
-                if self.ranges > MAX_RANGES {
+                if self.ranges > MAX_RANGES || frame.records.is_empty() {
                     return Err(ReceiveError::TooMany);
                 }
-                let ranges = frame.records.iter().map(|record| record.page..record.page + u64::from(record.count));
-                self.content.entry(space).or_default().extend(ranges);
+                let content = self.content.entry(space).or_default();
+                for record in &frame.records {
+                    let range = record.page..record.page + u64::from(record.count);
+                    if content.last().is_some_and(|last| last.end > range.start) {
+                        return Err(ReceiveError::Unsorted);
+                    }
+                    content.push(range);
+                }
             }
-            Kind::End => self.ended = true,
+            // At once: the restore must not wait for it.
+            Kind::End => self.arrived = Some(self.write_indexes()?),
         }
         self.last.insert(stream, frame.header.sequence);
         Ok(())
     }
 }
 
-/// Writes the indexes. Nothing may be missing.
+/// What has arrived, if it is everything.
 pub fn finish(memory: &SharedMemory) -> Result<Arrived, ReceiveError> {
-    let memory = lock(memory);
-    if !memory.ended {
-        return Err(ReceiveError::NotDue);
-    }
-    let mut pages = 0;
-    for (space, ranges) in &memory.content {
-        pages += memory.store.write_index(*space, ranges)?;
-    }
-    Ok(Arrived { pages, store_bytes: memory.store.bytes() })
+    lock(memory).arrived.ok_or(ReceiveError::NotDue)
 }
 
 /// Bytes that lie in the store.
 pub fn stored_bytes(memory: &SharedMemory) -> u64 {
-    lock(memory).store.bytes()
+    lock(memory).store.as_ref().map_or(0, PageStore::bytes)
+}
+
+/// Takes no more, and lets the store go: what it wrote stays, if it is not removed.
+pub fn close(memory: &SharedMemory) {
+    lock(memory).store = None;
 }
 
 struct Frame {
@@ -150,23 +201,29 @@ pub async fn refuse(connection: &mut (impl AsyncWriteExt + Unpin), reason: &str)
 
 /// Stores what comes over one connection, until it ends.
 pub async fn receive(connection: TlsConnection, stream: u32, memory: SharedMemory) -> Result<(), ReceiveError> {
+    if stream >= MAX_STREAMS {
+        return Err(ReceiveError::Stream(stream));
+    }
     let (reader, mut writer) = tokio::io::split(connection);
-    let last = lock(&memory).last.get(&stream).copied().unwrap_or(0);
+    let (number, last) = lock(&memory).connect(stream);
     writer.write_all(&Reply::Ack(last).encode()).await?;
     writer.flush().await?;
     let (frames, mut received) = mpsc::channel::<(Header, Vec<u8>, Vec<u8>)>(QUEUE);
     let (acks, acknowledged) = mpsc::channel(QUEUE);
+    let buffers = Buffers::default();
+    let used = buffers.clone();
     let stored = tokio::task::spawn_blocking(move || {
         while let Some((header, records, payload)) = received.blocking_recv() {
             let frame = check(header, &records, payload)?;
-            lock(&memory).apply(stream, &frame)?;
+            lock(&memory).apply(stream, number, &frame)?;
+            used.give(frame.data);
             if acks.blocking_send(frame.header.sequence).is_err() {
                 break;
             }
         }
         Ok::<(), ReceiveError>(())
     });
-    let reading = tokio::spawn(read_frames(reader, frames));
+    let reading = tokio::spawn(read_frames(reader, frames, buffers));
     let written = acknowledge(&mut writer, acknowledged).await;
     let stored = stored.await.map_err(io::Error::other)?;
     reading.abort();
@@ -183,6 +240,7 @@ fn lock(memory: &SharedMemory) -> std::sync::MutexGuard<'_, Memory> {
 async fn read_frames(
     mut reader: ReadHalf<TlsConnection>,
     frames: mpsc::Sender<(Header, Vec<u8>, Vec<u8>)>,
+    buffers: Buffers,
 ) -> Result<(), ReceiveError> {
     loop {
         let mut bytes = [0; HEADER];
@@ -190,7 +248,7 @@ async fn read_frames(
         let header = Header::decode(&bytes)?;
         let mut records = vec![0; header.records as usize * RECORD];
         reader.read_exact(&mut records).await?;
-        let mut payload = vec![0; header.payload as usize];
+        let mut payload = buffers.take(header.payload as usize);
         reader.read_exact(&mut payload).await?;
         if frames.send((header, records, payload)).await.is_err() {
             return Ok(());

@@ -147,6 +147,7 @@ pub async fn inspect(
         memory_bytes: tasks.iter().map(|&pid| tasks::memory_of(pid)).sum(),
         disk_bytes: 0,
         single_cgroup: !freezer.is_nested()?,
+        single_netns: netns_key.is_some() && tasks.iter().all(|pid| is_in_netns_of(*pid, state.pid)),
     };
     description.disk_bytes = disk_bytes(&description);
     Ok(Inspection { description, obstacles, live: Live { init: state.pid, freezer, ports, netns_key } })
@@ -217,6 +218,12 @@ fn other_user(inode: u64, freezer: &Freezer) -> Option<i32> {
     };
     let entries = std::fs::read_dir("/proc").ok()?;
     entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()).find(|pid| is_foreign(*pid))
+}
+
+/// Whether two tasks are in one network namespace. One that has ended since is in none that matters.
+fn is_in_netns_of(pid: i32, other: i32) -> bool {
+    let netns = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/net"));
+    netns(pid).map_or(true, |link| netns(other).is_ok_and(|other| other == link))
 }
 
 /// Looks at a task that seems to be another user of the network, and the pause between them.

@@ -25,55 +25,97 @@ pub fn environment(dir: &Path) -> String {
     format!("{VARIABLE}={}", table_path(dir).display())
 }
 
-/// Writes the table for a frozen container: all areas the tracker followed but the pages that are needed early. Returns
-/// the pages with content that CRIU must leave out, by task.
-pub fn write_table(dir: &Path, frozen: &Frozen) -> io::Result<BTreeMap<i32, u64>> {
+/// What CRIU has to leave out of one task.
+#[derive(Debug)]
+pub struct Hidden {
+    pid: i32,
+    /// Areas with what is needed early taken out.
+    areas: Vec<Area>,
+    /// The pages in them that have content.
+    content: SpacePages,
+}
+
+/// Writes the table for a frozen container: all areas the tracker followed but the pages that are needed early.
+pub fn write_table(dir: &Path, frozen: &Frozen) -> io::Result<Vec<Hidden>> {
     let mut text = format!("{VERSION}\n");
-    let mut expected = BTreeMap::new();
+    let mut all = Vec::new();
     for (followed, content) in frozen.followed.iter().zip(&frozen.content) {
-        let early = early_pages(followed.pid)?;
-        let hidden = without_pages(&followed.ranges, &early);
-        for range in &hidden {
+        let areas = without_pages(&followed.ranges, &early_pages(followed.pid)?);
+        for range in &areas {
             // Writing to a string can't fail.
             let _ = writeln!(text, "{} {:x} {:x}", followed.pid, range.start, range.end);
         }
-        expected.insert(followed.pid, pages_in(&hidden, content));
+        all.push(Hidden { pid: followed.pid, areas, content: content.clone() });
     }
     // Whole or not at all: CRIU is waiting already.
     let path = table_path(dir);
     let partial = path.with_extension("partial");
     std::fs::write(&partial, text)?;
     std::fs::rename(partial, path)?;
-    Ok(expected)
+    Ok(all)
 }
 
-/// How many pages CRIU's library says it left out, by task; nothing if it was never asked. CRIU may ask for an area more
-/// than once.
-pub fn told(dir: &Path) -> Option<BTreeMap<i32, u64>> {
+/// What CRIU's library did.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Told {
+    /// It left out all it had to.
+    Everything,
+    /// It was never asked: CRIU's images hold all memory.
+    Nothing,
+    /// It was asked for some areas of a task only.
+    Part {
+        /// The task.
+        pid: i32,
+        /// Pages with content it left out.
+        told: u64,
+        /// Those it should have.
+        expected: u64,
+    },
+}
+
+/// Compares what CRIU's library says it left out with what it had to.
+pub fn told(dir: &Path, hidden: &[Hidden]) -> Told {
+    let expected = |hidden: &Hidden| pages_in(&hidden.areas, &hidden.content);
+    let Some(told) = read_told(dir) else {
+        let nothing = hidden.iter().all(|hidden| expected(hidden) == 0);
+        return if nothing { Told::Everything } else { Told::Nothing };
+    };
+    for hidden in hidden {
+        let expected = expected(hidden);
+        let ranges = told.get(&hidden.pid).map(Vec::as_slice).unwrap_or_default();
+        let told = pages_in(ranges, &hidden.content);
+        if told != expected {
+            return Told::Part { pid: hidden.pid, told, expected };
+        }
+    }
+    Told::Everything
+}
+
+/// The areas CRIU's library left out, by task, in order and without overlaps.
+fn read_told(dir: &Path) -> Option<BTreeMap<i32, Vec<Area>>> {
     let text = std::fs::read_to_string(format!("{}.told", table_path(dir).display())).ok()?;
     let mut lines = text.lines();
     if lines.next() != Some(VERSION) {
         return None;
     }
-    let mut ranges: BTreeMap<i32, Vec<Area>> = BTreeMap::new();
+    let mut told: BTreeMap<i32, Vec<Area>> = BTreeMap::new();
     for line in lines {
         let (pid, range) = line.split_once(' ')?;
         let (start, end) = range.split_once(' ')?;
         let range = u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?;
-        ranges.entry(pid.parse().ok()?).or_default().push(range);
+        told.entry(pid.parse().ok()?).or_default().push(range);
     }
-    Some(ranges.into_iter().map(|(pid, ranges)| (pid, distinct_pages(ranges))).collect())
-}
-
-/// Pages in the union of ranges.
-fn distinct_pages(mut ranges: Vec<Area>) -> u64 {
-    ranges.sort_unstable_by_key(|range| range.start);
-    let (mut pages, mut reached) = (0, 0);
-    for range in ranges {
-        pages += range.end.saturating_sub(range.start.max(reached)) / PAGE;
-        reached = reached.max(range.end);
+    // CRIU may ask for an area more than once.
+    for ranges in told.values_mut() {
+        ranges.sort_unstable_by_key(|range| range.start);
+        let mut reached = 0;
+        for range in ranges.iter_mut() {
+            range.start = range.start.max(reached);
+            range.end = range.end.max(range.start);
+            reached = range.end;
+        }
     }
-    pages
+    Some(told)
 }
 
 fn without_pages(areas: &[Area], pages: &[u64]) -> Vec<Area> {
@@ -118,11 +160,15 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_summed_up_by_task() {
+    fn an_answer_is_compared_with_what_was_asked_for() {
         let dir = tempfile::tempdir().expect("a directory");
-        assert_eq!(told(dir.path()), None);
-        std::fs::write(dir.path().join("filter.told"), "longhaul-filter 1\n5 1000 4000\n6 0 1000\n5 3000 5000\n")
-            .expect("writes");
-        assert_eq!(told(dir.path()), Some(BTreeMap::from([(5, 4), (6, 1)])));
+        let content = SpacePages { pid: 5, space: 1, ranges: vec![0x1000..0x5000] };
+        let hidden = [Hidden { pid: 5, areas: vec![0x1000..0x8000], content }];
+        assert_eq!(told(dir.path(), &hidden), Told::Nothing);
+        let told_file = dir.path().join("filter.told");
+        std::fs::write(&told_file, "longhaul-filter 1\n5 1000 3000\n6 0 1000\n5 2000 8000\n").expect("writes");
+        assert_eq!(told(dir.path(), &hidden), Told::Everything);
+        std::fs::write(&told_file, "longhaul-filter 1\n5 1000 3000\n").expect("writes");
+        assert_eq!(told(dir.path(), &hidden), Told::Part { pid: 5, told: 2, expected: 4 });
     }
 }

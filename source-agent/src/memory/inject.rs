@@ -4,6 +4,7 @@
 //! as if nothing had happened: registers, signal mask and an interrupted system call are as they were. The
 //! descriptor is taken over (`pidfd_getfd`) and closed in the task before it runs again.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 use longhaul_common::sys;
 use nix::libc;
 use nix::sys::ptrace;
+use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use thiserror::Error;
@@ -148,11 +150,15 @@ fn syscall_instruction(pid: i32) -> Result<u64, InjectError> {
 }
 
 /// A thread that this one has stopped. Dropped, it goes on.
-struct Stopped(Pid);
+struct Stopped {
+    thread: Pid,
+    /// A stop signal that came meanwhile, and is delivered in the end.
+    owed: Cell<Option<Signal>>,
+}
 
 impl Drop for Stopped {
     fn drop(&mut self) {
-        let _ = ptrace::detach(self.0, None);
+        let _ = ptrace::detach(self.thread, self.owed.get());
     }
 }
 
@@ -165,17 +171,13 @@ impl Stopped {
                 errno => InjectError::Ptrace { operation, thread, source: errno.into() },
             }
         };
-        let mut options = ptrace::Options::PTRACE_O_TRACESYSGOOD;
-        if has_seccomp(thread) {
-            // `PTRACE_O_SUSPEND_SECCOMP`: a filter would kill the task for a system call it never makes.
-            options |= ptrace::Options::from_bits_retain(1 << 21);
-        }
+        let options = ptrace::Options::PTRACE_O_TRACESYSGOOD;
         ptrace::seize(pid, options).map_err(failed("attach to"))?;
         ptrace::interrupt(pid).map_err(failed("stop"))?;
         let end = Instant::now() + STOP_DEADLINE;
         loop {
             match waitpid(pid, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL)).map_err(failed("wait for"))? {
-                WaitStatus::PtraceEvent(_, _, EVENT_STOP) => return Ok(Self(pid)),
+                WaitStatus::PtraceEvent(_, _, EVENT_STOP) => break,
                 // On its way to a handler: it gets its signal first.
                 WaitStatus::Stopped(_, signal) => ptrace::cont(pid, signal).map_err(failed("pass a signal to"))?,
                 WaitStatus::Exited(..) | WaitStatus::Signaled(..) => return Err(InjectError::Gone(thread)),
@@ -183,15 +185,22 @@ impl Stopped {
                 _ => std::thread::sleep(STOP_POLL),
             }
         }
+        let stopped = Self { thread: pid, owed: Cell::new(None) };
+        if has_seccomp(thread) {
+            // `PTRACE_O_SUSPEND_SECCOMP`: a filter would kill the task for a system call it never makes.
+            let suspend = options | ptrace::Options::from_bits_retain(1 << 21);
+            ptrace::setoptions(pid, suspend).map_err(failed("suspend the seccomp filter of"))?;
+        }
+        Ok(stopped)
     }
 
     fn failed(&self, operation: &'static str) -> impl Fn(io::Error) -> InjectError + use<> {
-        let thread = self.0.as_raw();
+        let thread = self.thread.as_raw();
         move |source| InjectError::Ptrace { operation, thread, source }
     }
 
     fn registers(&self) -> Result<libc::user_regs_struct, InjectError> {
-        ptrace::getregs(self.0).map_err(io::Error::from).map_err(self.failed("read the registers of"))
+        ptrace::getregs(self.thread).map_err(io::Error::from).map_err(self.failed("read the registers of"))
     }
 
     /// The kernel aborts a restartable sequence when its thread is stopped, by looking at where it will go on. We send it
@@ -201,7 +210,7 @@ impl Stopped {
         const SEQUENCE: u64 = 8;
         const START: usize = 8;
         const LENGTH: usize = 16;
-        let thread = self.0.as_raw();
+        let thread = self.thread.as_raw();
         let rseq = match sys::rseq_of(thread) {
             Ok(0) | Err(_) => return Ok(()),
             Ok(rseq) => rseq,
@@ -243,28 +252,31 @@ impl Stopped {
         registers.rdi = argument;
         // Not in a system call any more: the kernel must not restart the interrupted one with these registers.
         registers.orig_rax = u64::MAX;
-        ptrace::setregs(self.0, registers).map_err(io::Error::from).map_err(self.failed("set the registers of"))?;
+        ptrace::setregs(self.thread, registers)
+            .map_err(io::Error::from)
+            .map_err(self.failed("set the registers of"))?;
         // Its entry and its exit.
         self.resume_to(|status| matches!(status, WaitStatus::PtraceSyscall(_)), true)?;
         self.resume_to(|status| matches!(status, WaitStatus::PtraceSyscall(_)), true)?;
         let result = self.registers()?.rax.cast_signed();
         if result < 0 {
             let source = io::Error::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EIO));
-            return Err(InjectError::Refused { thread: self.0.as_raw(), source });
+            return Err(InjectError::Refused { thread: self.thread.as_raw(), source });
         }
         Ok(result.unsigned_abs())
     }
 
     fn resume_to(&self, there: impl Fn(WaitStatus) -> bool, syscalls: bool) -> Result<(), InjectError> {
-        let thread = self.0.as_raw();
+        let thread = self.thread.as_raw();
         loop {
-            let resumed = if syscalls { ptrace::syscall(self.0, None) } else { ptrace::cont(self.0, None) };
+            let resumed = if syscalls { ptrace::syscall(self.thread, None) } else { ptrace::cont(self.thread, None) };
             resumed.map_err(io::Error::from).map_err(self.failed("let run"))?;
-            let status = waitpid(self.0, Some(WaitPidFlag::__WALL)).map_err(io::Error::from);
+            let status = waitpid(self.thread, Some(WaitPidFlag::__WALL)).map_err(io::Error::from);
             match status.map_err(self.failed("wait for"))? {
                 WaitStatus::Exited(..) | WaitStatus::Signaled(..) => return Err(InjectError::Gone(thread)),
                 status if there(status) => return Ok(()),
-                // A stop signal on its way, which takes effect once we let go.
+                // SIGSTOP, the one that can't be held back.
+                WaitStatus::Stopped(_, signal) => self.owed.set(Some(signal)),
                 _ => {}
             }
         }
@@ -273,10 +285,12 @@ impl Stopped {
     /// Everything as it was. The last stop has to be one in the signal path: only from there does the kernel restart the
     /// system call that the first one interrupted.
     fn restore(&self, original: libc::user_regs_struct, mask: u64) -> Result<(), InjectError> {
-        ptrace::interrupt(self.0).map_err(io::Error::from).map_err(self.failed("stop"))?;
+        ptrace::interrupt(self.thread).map_err(io::Error::from).map_err(self.failed("stop"))?;
         self.resume_to(|status| matches!(status, WaitStatus::PtraceEvent(_, _, EVENT_STOP)), false)?;
-        ptrace::setregs(self.0, original).map_err(io::Error::from).map_err(self.failed("restore the registers of"))?;
-        sys::set_signal_mask(self.0.as_raw(), mask).map_err(self.failed("restore the signal mask of"))
+        ptrace::setregs(self.thread, original)
+            .map_err(io::Error::from)
+            .map_err(self.failed("restore the registers of"))?;
+        sys::set_signal_mask(self.thread.as_raw(), mask).map_err(self.failed("restore the signal mask of"))
     }
 }
 
@@ -294,11 +308,16 @@ mod tests {
         let mut child = std::process::Command::new("sleep").arg("0.3").spawn().expect("starts");
         let pid = child.id().cast_signed();
         let before = Instant::now();
-        while std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() != "sleep") {
+        // Asleep, and not on its way through exec, where it has no vDSO.
+        let is_asleep = || {
+            std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains("(sleep) S"))
+                && std::fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| maps.contains("[vdso]"))
+        };
+        while !is_asleep() {
             std::thread::yield_now();
         }
         let (fd, _) = userfaultfd_of(pid).expect("made");
-        longhaul_common::sys::memory::begin_write_tracking(std::os::fd::AsFd::as_fd(&fd)).expect("tracks");
+        sys::memory::begin_write_tracking(std::os::fd::AsFd::as_fd(&fd)).expect("tracks");
         let links: Vec<_> = std::fs::read_dir(format!("/proc/{pid}/fd"))
             .expect("readable")
             .flatten()

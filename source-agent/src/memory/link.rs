@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use longhaul_common::pages::{Header, Hello, Kind, MAX_TEXT, REPLY, Reply, encode_records};
+use longhaul_common::pages::{Buffers, Header, Hello, Kind, MAX_TEXT, REPLY, Reply, encode_records};
 use longhaul_common::tls::{Identity, PeerAddress, TlsError, connect_pages};
 use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
@@ -21,6 +21,14 @@ const QUEUE: usize = 4;
 const WINDOW_BYTES: usize = 32 << 20;
 /// How long a broken connection may take to come back.
 const RECONNECT_DEADLINE: Duration = Duration::from_secs(10);
+/// The same while the container is frozen.
+const RECONNECT_FROZEN: Duration = Duration::from_secs(1);
+/// How long a connection and its hello may take.
+const DIAL_DEADLINE: Duration = Duration::from_secs(5);
+/// How long frames may go unacknowledged before the connection counts as broken: storing 32 MiB takes a fraction of it.
+const ACK_DEADLINE: Duration = Duration::from_secs(5);
+/// How long writing one frame may take.
+const WRITE_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a broken connection's last answer is waited for.
 const LAST_WORD: Duration = Duration::from_millis(200);
 /// How often it is tried.
@@ -61,7 +69,7 @@ pub struct Link {
     frames: mpsc::Sender<Frame>,
     progress: watch::Receiver<Progress>,
     barrier: mpsc::Sender<watch::Sender<u64>>,
-    limit: watch::Sender<Option<u64>>,
+    pace: watch::Sender<Pace>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -83,12 +91,13 @@ impl Drop for Link {
 }
 
 impl Link {
-    /// Connects. `limit` is the most bytes a second, if there is one.
+    /// Connects. `limit` is the most bytes a second, if there is one; buffers of what has arrived go back to `buffers`.
     pub async fn connect(
         identity: &Identity,
         address: &PeerAddress,
         migration: &str,
         limit: Option<u64>,
+        buffers: Buffers,
     ) -> Result<Self, LinkError> {
         let hello = Hello { migration: migration.to_owned(), stream: 0 };
         let dialer = Dialer { identity: identity.clone(), address: address.clone(), hello };
@@ -96,20 +105,22 @@ impl Link {
         let (frames, queue) = mpsc::channel(QUEUE);
         let (barrier, barriers) = mpsc::channel(1);
         let (report, progress) = watch::channel(Progress::default());
-        let (limit, limits) = watch::channel(limit);
+        let (pace, paces) = watch::channel(Pace { limit, reconnect: RECONNECT_DEADLINE });
         let writer = Writer {
             dialer,
             queue,
             barriers,
             report,
-            limits,
+            paces,
+            broken_since: None,
             unacknowledged: VecDeque::new(),
             unacknowledged_bytes: 0,
+            buffers,
             sequence: last,
             not_before: Instant::now(),
         };
         let task = tokio::spawn(writer.run(connection));
-        Ok(Self { frames, progress, barrier, limit, task })
+        Ok(Self { frames, progress, barrier, pace, task })
     }
 
     /// Where frames go.
@@ -117,9 +128,9 @@ impl Link {
         self.frames.clone()
     }
 
-    /// From now on as fast as it can.
-    pub fn unlimit(&self) {
-        self.limit.send_replace(None);
+    /// The container is frozen: from now on as fast as it can, and without patience.
+    pub fn hurry(&self) {
+        self.pace.send_replace(Pace { limit: None, reconnect: RECONNECT_FROZEN });
     }
 
     /// Bytes written so far.
@@ -160,6 +171,15 @@ impl Link {
     }
 }
 
+/// How a link behaves.
+#[derive(Debug, Clone, Copy)]
+struct Pace {
+    /// The most bytes a second.
+    limit: Option<u64>,
+    /// How long a broken connection may take to come back.
+    reconnect: Duration,
+}
+
 /// Makes connections.
 struct Dialer {
     identity: Identity,
@@ -180,15 +200,17 @@ impl Dialer {
         }
     }
 
-    async fn dial_again(&self, why: &str) -> Result<(TlsStream<TcpStream>, u64), LinkError> {
-        let end = Instant::now() + RECONNECT_DEADLINE;
+    /// Tries until a moment that is given.
+    async fn dial_again(&self, why: &str, end: Instant) -> Result<(TlsStream<TcpStream>, u64), LinkError> {
         tracing::warn!(why, "the page connection broke; connecting again");
         loop {
-            match self.dial().await {
-                Ok(dialed) => return Ok(dialed),
-                Err(refused @ LinkError::Refused(_)) => return Err(refused),
-                Err(_) if Instant::now() > end => return Err(LinkError::Broken(why.to_owned())),
-                Err(_) => tokio::time::sleep(RECONNECT_EVERY).await,
+            if Instant::now() > end {
+                return Err(LinkError::Broken(why.to_owned()));
+            }
+            match tokio::time::timeout(DIAL_DEADLINE, self.dial()).await {
+                Ok(Ok(dialed)) => return Ok(dialed),
+                Ok(Err(refused @ LinkError::Refused(_))) => return Err(refused),
+                Ok(Err(_)) | Err(_) => tokio::time::sleep(RECONNECT_EVERY).await,
             }
         }
     }
@@ -220,9 +242,11 @@ struct Writer {
     queue: mpsc::Receiver<Frame>,
     barriers: mpsc::Receiver<watch::Sender<u64>>,
     report: watch::Sender<Progress>,
-    limits: watch::Receiver<Option<u64>>,
+    paces: watch::Receiver<Pace>,
+    broken_since: Option<Instant>,
     unacknowledged: VecDeque<Arc<Sent>>,
     unacknowledged_bytes: usize,
+    buffers: Buffers,
     sequence: u64,
     not_before: Instant,
 }
@@ -236,8 +260,10 @@ impl Writer {
                 Err(Ended::Refused(reason)) => return self.fail(LinkError::Refused(reason)),
                 Err(Ended::Broken(why)) => why,
             };
-            let dialed = self.dialer.dial_again(&why).await;
-            match dialed {
+            // Counted from when frames last arrived: a destination that takes connections and nothing else is no way out.
+            let since = *self.broken_since.get_or_insert_with(Instant::now);
+            let end = since + self.paces.borrow().reconnect;
+            match self.dialer.dial_again(&why, end).await {
                 Ok((again, last)) => {
                     self.acknowledge(last);
                     connection = again;
@@ -253,9 +279,15 @@ impl Writer {
     }
 
     fn acknowledge(&mut self, sequence: u64) {
+        if self.unacknowledged.front().is_some_and(|sent| sent.sequence <= sequence) {
+            self.broken_since = None;
+        }
         while self.unacknowledged.front().is_some_and(|sent| sent.sequence <= sequence) {
             if let Some(sent) = self.unacknowledged.pop_front() {
                 self.unacknowledged_bytes -= sent.payload.len();
+                if let Some(sent) = Arc::into_inner(sent) {
+                    self.buffers.give(sent.payload);
+                }
             }
         }
         self.report.send_modify(|progress| progress.acknowledged = progress.acknowledged.max(sequence));
@@ -302,6 +334,9 @@ impl Writer {
                     Some(Err(ended)) => return Err(ended),
                     None => return Err(Ended::Broken("it was closed".to_owned())),
                 },
+                () = tokio::time::sleep(ACK_DEADLINE), if !self.unacknowledged.is_empty() => {
+                    return Err(Ended::Broken(format!("no answer within {} s", ACK_DEADLINE.as_secs())));
+                }
                 frame = self.queue.recv(), if !full => {
                     let Some(frame) = frame else { return Ok(()) };
                     let sent = self.number(frame);
@@ -337,19 +372,24 @@ impl Writer {
 
     async fn write_one(&mut self, writer: &mut WriteHalf<TlsStream<TcpStream>>, sent: &Sent) -> Result<(), Ended> {
         let bytes = sent.head.len() + sent.payload.len();
-        let limit = *self.limits.borrow_and_update();
+        let limit = self.paces.borrow_and_update().limit;
         if let Some(limit) = limit {
             tokio::select! {
                 () = tokio::time::sleep_until(self.not_before.into()) => {}
-                _ = self.limits.changed() => {}
+                _ = self.paces.changed() => {}
             }
             let pause = Duration::from_secs_f64(bytes as f64 / limit.max(1) as f64);
             self.not_before = self.not_before.max(Instant::now()) + pause;
         }
         let broken = |error: io::Error| Ended::Broken(error.to_string());
-        writer.write_all(&sent.head).await.map_err(broken)?;
-        writer.write_all(&sent.payload).await.map_err(broken)?;
-        writer.flush().await.map_err(broken)?;
+        let write = async {
+            writer.write_all(&sent.head).await?;
+            writer.write_all(&sent.payload).await?;
+            writer.flush().await
+        };
+        // A MiB takes longer only on a link that could not move a container anyway.
+        let written = tokio::time::timeout(WRITE_DEADLINE, write).await;
+        written.map_err(|_| Ended::Broken("nothing gets through".to_owned()))?.map_err(broken)?;
         self.report.send_modify(|progress| progress.wire_bytes += bytes as u64);
         Ok(())
     }

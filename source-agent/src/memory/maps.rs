@@ -34,11 +34,12 @@ fn range_of(text: &str) -> Option<Area> {
 }
 
 /// Areas that CRIU does not restore lazily, or not at all: locked, of huge pages, droppable, shadow stacks
-/// (`vma_entry_can_be_lazy` in criu/include/vma.h, `generate_vma_iovs` in criu/mem.c, 4.2).
+/// (`vma_entry_can_be_lazy` in criu/include/vma.h, `generate_vma_iovs` in criu/mem.c, 4.2). And areas that a fork wipes: a
+/// child must not be given what its parent had there.
 ///
 /// Reads the whole page tables: some 15 ms for each GiB.
 pub fn special(pid: i32) -> io::Result<Vec<Area>> {
-    const FLAGS: [&str; 4] = ["lo", "ht", "dp", "ss"];
+    const FLAGS: [&str; 5] = ["lo", "ht", "dp", "ss", "wf"];
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
     let mut current = None;
     let mut found = Vec::new();
@@ -61,6 +62,33 @@ pub fn status_bytes(pid: i32, name: &str) -> u64 {
         .lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(':')?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
     kib.unwrap_or(0) << 10
+}
+
+/// Whether devices write into a task's memory: it has a file open past the page cache (`O_DIRECT`), or a ring for asynchronous
+/// I/O. Such writes are not seen by write protection once they are under way.
+pub fn has_direct_io(pid: i32) -> bool {
+    let is_direct = |fd: &str| {
+        let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
+        let flags = info.lines().find_map(|line| i32::from_str_radix(line.strip_prefix("flags:")?.trim(), 8).ok());
+        flags.is_some_and(|flags| flags & nix::libc::O_DIRECT != 0)
+    };
+    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let direct = fds
+        .filter(|entry| std::fs::read_link(entry.path()).is_ok_and(|link| link.is_absolute()))
+        .any(|entry| entry.file_name().to_str().is_some_and(is_direct));
+    direct || std::fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| maps.contains("/[aio]"))
+}
+
+/// The ranges that are in both lists, each of which is in order.
+pub fn intersection(one: &[Area], other: &[Area]) -> Vec<Area> {
+    let mut both = Vec::new();
+    for range in one {
+        let first = other.partition_point(|area| area.end <= range.start);
+        for area in other.get(first..).unwrap_or_default().iter().take_while(|area| area.start < range.end) {
+            both.push(area.start.max(range.start)..area.end.min(range.end));
+        }
+    }
+    both
 }
 
 /// The id a task has inside its container: CRIU's images and its lazy pages go by that. `init` is the container's first
@@ -139,6 +167,12 @@ mod tests {
         for line in others {
             assert_eq!(parse(line), None, "{line}");
         }
+    }
+
+    #[test]
+    fn what_is_in_both_lists_is_found() {
+        assert_eq!(intersection(&[0..10, 20..30], &[5..22, 25..26, 40..50]), [5..10, 20..22, 25..26]);
+        assert!(intersection(&[0..10], &[]).is_empty());
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! Pre-copy: rounds over the memory of a running container, and the last one while it is frozen.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -9,7 +8,7 @@ use longhaul_common::cgroup::{CgroupError, Freezer};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::filter;
+use super::filter::{self, Hidden, Told};
 use super::link::{Link, LinkError, Meter};
 use super::predict::{Limits, Next, Outlook, decide};
 use super::pump::{Pump, PumpError, Pumped, Tasks};
@@ -128,7 +127,7 @@ pub enum Step {
 /// What the last round found.
 pub struct LastRound {
     frozen: Frozen,
-    expected: BTreeMap<i32, u64>,
+    hidden: Vec<Hidden>,
 }
 
 impl Precopy {
@@ -263,9 +262,10 @@ impl Precopy {
         let (hands, frames) = (self.hands.clone(), self.link.frames());
         let pumped = tokio::task::spawn_blocking(move || {
             let mut hands = lock(&hands);
-            let pumped = hands.pump.send(&pages, tasks, &frames);
-            if pumped.is_err() {
-                hands.tracker.put_back(pages);
+            let mut pumped = hands.pump.send(&pages, tasks, &frames);
+            match &mut pumped {
+                Ok(pumped) => hands.tracker.put_back(std::mem::take(&mut pumped.skipped)),
+                Err(_) => hands.tracker.put_back(pages),
             }
             pumped
         });
@@ -287,15 +287,15 @@ impl Precopy {
         let (hands, dir) = (self.hands.clone(), dir.to_owned());
         let looked = tokio::task::spawn_blocking(move || {
             let frozen = lock(&hands).tracker.look_frozen(&tasks)?;
-            let expected = filter::write_table(&dir, &frozen).map_err(MemoryError::Table)?;
-            Ok::<_, MemoryError>(LastRound { frozen, expected })
+            let hidden = filter::write_table(&dir, &frozen).map_err(MemoryError::Table)?;
+            Ok::<_, MemoryError>(LastRound { frozen, hidden })
         });
         looked.await.map_err(|_| MemoryError::Panicked)?
     }
 
     /// Sends what was written last, and what counts in the end. The tasks must stay frozen.
     pub async fn send_last(&mut self, last: &LastRound) -> Result<Round, MemoryError> {
-        self.link.unlimit();
+        self.link.hurry();
         let (start, wire_before) = (Instant::now(), self.link.wire_bytes());
         let pumped = self.pump(last.frozen.written.clone(), Tasks::Frozen).await?;
         let (content, frames) = (last.frozen.content.clone(), self.link.frames());
@@ -313,14 +313,11 @@ impl LastRound {
     /// Compares what CRIU left out with what was sent beside it. True if it did; false if its images hold everything,
     /// because its library was not asked.
     pub fn check(&self, dir: &Path) -> Result<bool, MemoryError> {
-        let Some(told) = filter::told(dir) else { return Ok(self.expected.values().all(|pages| *pages == 0)) };
-        for (&pid, &expected) in &self.expected {
-            let told = told.get(&pid).copied().unwrap_or(0);
-            if told != expected {
-                return Err(MemoryError::Filter { pid, told, expected });
-            }
+        match filter::told(dir, &self.hidden) {
+            Told::Everything => Ok(true),
+            Told::Nothing => Ok(false),
+            Told::Part { pid, told, expected } => Err(MemoryError::Filter { pid, told, expected }),
         }
-        Ok(true)
     }
 }
 

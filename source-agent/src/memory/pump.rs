@@ -5,7 +5,7 @@ use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use longhaul_common::pages::{Kind, MAX_PAGES, MAX_RECORDS, Record, What};
+use longhaul_common::pages::{Buffers, Kind, MAX_PAGES, MAX_RECORDS, Record, What};
 use longhaul_common::sys::memory::PAGE;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
@@ -69,7 +69,7 @@ pub struct Frame {
 }
 
 /// What one round sent.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Pumped {
     /// Pages looked at.
     pub pages: u64,
@@ -83,6 +83,8 @@ pub struct Pumped {
     pub packed_bytes: u64,
     /// Time spent waiting for the link.
     pub waited: Duration,
+    /// Pages of running tasks that could not be read now: they are still to be sent.
+    pub skipped: Vec<SpacePages>,
 }
 
 /// Whether tasks may change or end while they are read.
@@ -111,12 +113,18 @@ struct Sent {
 pub struct Pump {
     sent: Sent,
     packing: Packing,
+    buffers: Buffers,
 }
 
 impl Pump {
     /// One that never packs. For a link that is kept slow so that the host is spared: packing would spend a core.
-    pub fn sparing() -> Self {
-        Self { packing: Packing { never: true, ..Packing::default() }, ..Self::default() }
+    pub fn sparing(buffers: Buffers) -> Self {
+        Self { packing: Packing { never: true, ..Packing::default() }, buffers, ..Self::default() }
+    }
+
+    /// One that packs when that is faster. The link gives buffers back.
+    pub fn new(buffers: Buffers) -> Self {
+        Self { buffers, ..Self::default() }
     }
 }
 
@@ -148,7 +156,7 @@ impl Packing {
     }
 
     fn pack(&mut self, raw: &[u8]) -> Option<Vec<u8>> {
-        if !self.on || self.never {
+        if !self.on || self.never || raw.is_empty() {
             return None;
         }
         let packed = zstd::bulk::compress(raw, LEVEL).ok()?;
@@ -231,8 +239,12 @@ impl Pump {
         frames: &mpsc::Sender<Frame>,
         pumped: &mut Pumped,
     ) -> Result<(), PumpError> {
-        let mut buffer = vec![0; batch.addresses.len() * PAGE_BYTES];
-        read(batch.space.pid, &mut batch.addresses, &mut buffer, tasks)?;
+        let mut buffer = self.buffers.take(batch.addresses.len() * PAGE_BYTES);
+        let skipped = read(batch.space.pid, &mut batch.addresses, &mut buffer, tasks)?;
+        if !skipped.is_empty() {
+            let ranges = skipped.into_iter().map(|address| address..address + PAGE).collect();
+            pumped.skipped.push(SpacePages { pid: batch.space.pid, space: batch.space.space, ranges });
+        }
         let mut records: Vec<Record> = Vec::new();
         let mut kept = 0;
         for (index, address) in batch.addresses.drain(..).enumerate() {
@@ -259,21 +271,23 @@ impl Pump {
             }
         }
         if records.is_empty() {
+            self.buffers.give(buffer);
             return Ok(());
         }
         buffer.truncate(kept * PAGE_BYTES);
         let checksum = longhaul_common::pages::checksum(&longhaul_common::pages::encode_records(&records), &buffer);
         let raw = buffer.len();
         let packed = self.packing.pack(&buffer);
-        let frame = Frame {
-            kind: Kind::Batch,
-            space: batch.space.space,
-            records,
-            raw,
-            checksum,
-            packed: packed.is_some(),
-            payload: packed.unwrap_or(buffer),
+        let is_packed = packed.is_some();
+        let payload = match packed {
+            Some(packed) => {
+                self.buffers.give(buffer);
+                packed
+            }
+            None => buffer,
         };
+        let frame =
+            Frame { kind: Kind::Batch, space: batch.space.space, records, raw, checksum, packed: is_packed, payload };
         pumped.raw_bytes += raw as u64;
         pumped.packed_bytes += frame.payload.len() as u64;
         let waited = send(frames, frame)?;
@@ -345,8 +359,9 @@ fn is_zero(page: &[u8]) -> bool {
 }
 
 /// Reads the pages at `addresses` into `buffer`, page by page in that order. Of a running task, pages that can't be read
-/// are taken off the list.
-fn read(pid: i32, addresses: &mut Vec<u64>, buffer: &mut [u8], tasks: Tasks) -> Result<(), PumpError> {
+/// are taken off the list and returned.
+fn read(pid: i32, addresses: &mut Vec<u64>, buffer: &mut [u8], tasks: Tasks) -> Result<Vec<u64>, PumpError> {
+    let mut skipped = Vec::new();
     let mut done = 0;
     while done < addresses.len() {
         let remote = runs(&addresses[done..]);
@@ -359,13 +374,11 @@ fn read(pid: i32, addresses: &mut Vec<u64>, buffer: &mut [u8], tasks: Tasks) -> 
         let read = std::fs::File::open(format!("/proc/{pid}/mem")).and_then(|mem| mem.read_exact_at(page, address));
         match (read, tasks) {
             (Ok(()), _) => done += 1,
-            (Err(_), Tasks::Running) => {
-                addresses.remove(done);
-            }
+            (Err(_), Tasks::Running) => skipped.push(addresses.remove(done)),
             (Err(source), Tasks::Frozen) => return Err(PumpError::Read { pid, address, source }),
         }
     }
-    Ok(())
+    Ok(skipped)
 }
 
 /// Consecutive pages as one.
@@ -419,8 +432,9 @@ mod tests {
         let offset = (start - source.as_ptr() as u64) as usize;
         let mut addresses = vec![start, 4096, start + PAGE];
         let mut buffer = vec![0; 3 * PAGE_BYTES];
-        read(std::process::id().cast_signed(), &mut addresses, &mut buffer, Tasks::Running).expect("reads");
-        assert_eq!(addresses, [start, start + PAGE]);
+        let pid = std::process::id().cast_signed();
+        let skipped = read(pid, &mut addresses, &mut buffer, Tasks::Running).expect("reads");
+        assert_eq!((addresses, skipped), (vec![start, start + PAGE], vec![4096]));
         assert_eq!(buffer[..2 * PAGE_BYTES], source[offset..offset + 2 * PAGE_BYTES]);
     }
 }

@@ -14,11 +14,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use longhaul_common::sys::memory::{Scan, begin_write_tracking, register_write_tracking, scan};
+use longhaul_common::sys::share_memory;
 use nix::libc;
 use thiserror::Error;
 
 use super::inject::{InjectError, userfaultfd_of};
-use super::maps::{Area, inner_pid, private_anonymous, special, status_bytes};
+use super::maps::{Area, has_direct_io, inner_pid, intersection, private_anonymous, special, status_bytes};
 
 /// Memory that can't be tracked.
 #[derive(Debug, Error)]
@@ -103,8 +104,6 @@ struct Space {
     number: u32,
     /// Areas that are CRIU's to save.
     excluded: Vec<Area>,
-    /// Locked memory when `excluded` was made: more since then means that an area that is followed may have been locked.
-    locked_bytes: u64,
 }
 
 impl WriteProtect {
@@ -121,8 +120,16 @@ impl WriteProtect {
             _ => TrackError::Look { pid, source: error },
         })?;
         let number = inner_pid(pid, self.init).ok_or(InjectError::Gone(pid))?;
-        let locked_bytes = status_bytes(pid, "VmLck");
-        Ok(Space { uffd, number, excluded: Vec::new(), locked_bytes })
+        Ok(Space { uffd, number, excluded: Vec::new() })
+    }
+
+    /// Whether a task uses the address space of another: between vfork and exec, that of its parent. What it writes there is
+    /// its parent's, and is found there.
+    fn is_borrower(&self, pid: i32) -> bool {
+        let shares = |other: i32| other != pid && share_memory(pid, other).unwrap_or(false);
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok());
+        parent.is_some_and(shares) || self.spaces.keys().any(|other| shares(*other))
     }
 
     fn take_space(&mut self, pid: i32) -> Result<SpacePages, TrackError> {
@@ -181,7 +188,6 @@ fn follow(space: &mut Space, pid: i32, ranges: &mut Vec<Area>) -> Result<(), Fol
         }
         if !looked {
             looked = true;
-            space.locked_bytes = status_bytes(pid, "VmLck");
             space.excluded = special(pid).map_err(Followed::Failed)?;
         }
         if space.excluded.contains(&area) {
@@ -191,17 +197,16 @@ fn follow(space: &mut Space, pid: i32, ranges: &mut Vec<Area>) -> Result<(), Fol
             Ok(()) => {}
             Err(error) => match error.raw_os_error() {
                 Some(libc::EBUSY) => return Err(Followed::Busy),
-                // Gone, or changed since the list was read: the next round will find what it is now.
-                Some(libc::EINVAL) => continue,
+                // Changed since the list was read: the next round will find what it is now.
+                Some(libc::EINVAL) => {}
                 _ => return Err(Followed::OtherSpace),
             },
         }
-        // Protected first and read then: what is written in between counts as written in the next round, too.
-        let protected = scan(&pagemap, area.start, area.end, Scan::TakeWritten, |_, _| {});
-        if protected.is_ok() {
-            scan(&pagemap, area.start, area.end, Scan::Content, |start, end| ranges.push(start..end))
-                .map_err(Followed::Failed)?;
-        }
+        // Protected first and read then: what is written in between counts as written in the next round, too. All content
+        // counts, also where the scan above had taken a part of it before it failed.
+        let _ = scan(&pagemap, area.start, area.end, Scan::TakeWritten, |_, _| {});
+        scan(&pagemap, area.start, area.end, Scan::Content, |start, end| ranges.push(start..end))
+            .map_err(Followed::Failed)?;
     }
     Ok(())
 }
@@ -215,6 +220,9 @@ impl Tracker for WriteProtect {
         self.spaces.retain(|pid, _| tasks.contains(pid));
         let mut taken = std::mem::take(&mut self.owed);
         for &pid in tasks {
+            if !self.spaces.contains_key(&pid) && (self.is_borrower(pid) || has_direct_io(pid)) {
+                continue;
+            }
             match self.take_space(pid) {
                 Ok(pages) => taken.push(pages),
                 // Short-lived, or in the kernel for long: untracked now, and CRIU's to save if it is there at the freeze.
@@ -234,19 +242,16 @@ impl Tracker for WriteProtect {
     }
 
     fn look_frozen(&mut self, tasks: &[i32]) -> Result<Frozen, TrackError> {
-        let mut frozen = Frozen { written: std::mem::take(&mut self.owed), ..Frozen::default() };
+        let mut frozen = Frozen::default();
+        let owed = std::mem::take(&mut self.owed);
         for &pid in tasks {
-            let Some(space) = self.spaces.get(&pid) else { continue };
+            let Some(space) = self.spaces.get(&pid).filter(|_| !has_direct_io(pid)) else { continue };
             let look = |source| TrackError::Look { pid, source };
             let empty = || SpacePages { pid, space: space.number, ranges: Vec::new() };
             let (mut written, mut followed, mut content) = (empty(), empty(), empty());
             let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(look)?;
             // Locked since it was looked at: such an area must be CRIU's, which would not restore it lazily.
-            let locked = if status_bytes(pid, "VmLck") == space.locked_bytes {
-                Vec::new()
-            } else {
-                special(pid).map_err(look)?
-            };
+            let locked = if status_bytes(pid, "VmLck") == 0 { Vec::new() } else { special(pid).map_err(look)? };
             for area in private_anonymous(pid).map_err(look)? {
                 if locked.contains(&area) {
                     continue;
@@ -267,6 +272,10 @@ impl Tracker for WriteProtect {
                 scan(&pagemap, area.start, area.end, Scan::Content, |start, end| content.ranges.push(start..end))
                     .map_err(look)?;
                 followed.ranges.push(area);
+            }
+            // What is owed and has no content any more is owed no more.
+            for owed in owed.iter().filter(|owed| owed.space == space.number) {
+                written.ranges.extend(intersection(&owed.ranges, &content.ranges));
             }
             frozen.written.push(written);
             frozen.followed.push(followed);

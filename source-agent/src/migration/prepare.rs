@@ -6,6 +6,7 @@ use std::time::Duration;
 use longhaul_common::description::Network;
 use longhaul_common::net::{Netns, neighbours};
 use longhaul_common::obstacle::Obstacle;
+use longhaul_common::pages::Buffers;
 use longhaul_common::sys::memory::PAGE;
 use longhaul_proto::peer::Offer;
 
@@ -107,6 +108,10 @@ impl Synced {
         let Self(mut prepared) = self;
         let mut memory = match begin(trip, &prepared).await {
             Ok(memory) => memory,
+            // What was asked for can't be kept.
+            Err(Without(reason)) if trip.options.max_downtime.is_some() => {
+                return Err(MigrationError::NoPrecopy(reason));
+            }
             Err(Without(reason)) => {
                 tracing::warn!(reason, "all memory goes while the container is frozen");
                 trip.job.note(|report| report.memory = MemoryReport::images(reason));
@@ -144,7 +149,8 @@ async fn begin(trip: &Trip, prepared: &Prepared) -> Result<Precopy, Without> {
     if !engine.filter.is_file() {
         return Err(Without(format!("{} is not installed", engine.filter.display())));
     }
-    let link = Link::connect(&trip.env.identity, &trip.address, &trip.migration, trip.options.bandwidth)
+    let (buffers, limit) = (Buffers::default(), trip.options.bandwidth);
+    let link = Link::connect(&trip.env.identity, &trip.address, &trip.migration, limit, buffers.clone())
         .await
         .map_err(|error| Without(error.to_string()))?;
     let live = &prepared.inspection.live;
@@ -160,7 +166,7 @@ async fn begin(trip: &Trip, prepared: &Prepared) -> Result<Precopy, Without> {
         max_downtime: trip.options.max_downtime.unwrap_or(DEFAULT_MAX_DOWNTIME.max(outlook.downtime() + MEMORY_SHARE)),
         max_rounds: trip.options.max_rounds.unwrap_or(DEFAULT_MAX_ROUNDS),
     };
-    let pump = if trip.options.bandwidth.is_some() { Pump::sparing() } else { Pump::default() };
+    let pump = if limit.is_some() { Pump::sparing(buffers) } else { Pump::new(buffers) };
     let tracker = Box::new(WriteProtect::new(live.init));
     Ok(Precopy::new(tracker, pump, link, live.freezer.clone(), limits, outlook))
 }
@@ -244,14 +250,15 @@ pub(super) struct Copied(Prepared);
 impl Copied {
     /// Starts both runtimes, which wait: their start-up costs no downtime.
     pub(super) async fn arm(self, trip: &Trip) -> Result<Ready, MigrationError> {
-        let Self(prepared) = self;
+        let Self(mut prepared) = self;
         let live = &prepared.inspection.live;
         let pages = match (&prepared.memory, trip.options.eager) {
             (None, _) => Pages::None,
             (Some(_), true) => Pages::Eager,
             (Some(_), false) => Pages::Lazy,
         };
-        let mut keys: Vec<String> = live.netns_key.iter().cloned().collect();
+        let single_netns = prepared.inspection.description.single_netns;
+        let mut keys: Vec<String> = live.netns_key.iter().filter(|_| !single_netns).cloned().collect();
         keys.extend(prepared.inspection.description.stdio.iter().filter_map(|stdio| match &stdio.target {
             longhaul_common::description::StdioTarget::File { key, .. } => Some(key.clone()),
             longhaul_common::description::StdioTarget::Pipe { .. } => None,
@@ -261,6 +268,7 @@ impl Copied {
             // With every interface's other end in our hands, or no interface at all.
             own_network_lock: matches!(prepared.inspection.description.network, Network::Own { .. }),
             single_cgroup: prepared.inspection.description.single_cgroup,
+            netns: single_netns.then(|| format!("/proc/{}/ns/net", live.init)),
             environment: if pages == Pages::None { Vec::new() } else { vec![filter::environment(&trip.dir)] },
         };
         // First on record: what is started now outlives an agent that is killed.
@@ -270,6 +278,10 @@ impl Copied {
         trip.rollback.lock().await.checkpoint = Some(armed);
         let neighbours = Netns::of_task(live.init).and_then(|netns| neighbours(&netns)).map_err(InspectError::from)?;
         prepared.session.arm(descriptors?, neighbours, pages).await?;
+        if let Some(memory) = &mut prepared.memory {
+            // What was written while the runtimes were started.
+            memory.last_live_round().await?;
+        }
         Ok(Ready { prepared, pages })
     }
 }

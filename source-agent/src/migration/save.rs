@@ -23,11 +23,7 @@ pub(super) struct Ready {
 
 impl Ready {
     pub(super) async fn freeze(self, trip: &Trip) -> Result<Frozen, MigrationError> {
-        let Self { mut prepared, pages } = self;
-        if let Some(memory) = &mut prepared.memory {
-            // What was written while the runtimes were started.
-            memory.last_live_round().await?;
-        }
+        let Self { prepared, pages } = self;
         let at = Instant::now();
         let mut rollback = trip.rollback.lock().await;
         let live = &prepared.inspection.live;

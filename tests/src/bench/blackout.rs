@@ -140,7 +140,7 @@ fn idle(bench: &Bench) -> Result<Vec<Row>> {
     drop(big);
     let by_hand = stop_and_copy::spec("idle4gh", 33, &command);
     stop_and_copy::start(&by_hand, a)?;
-    wait_ready(a, "idle4gh")?;
+    stop_and_copy::wait_ready(&by_hand, a)?;
     let moved = stop_and_copy::move_by_hand(&by_hand, a, b);
     stop_and_copy::clean(&by_hand, [a, b])?;
     let by_hand_ms = moved?.as_secs_f64() * 1000.0;

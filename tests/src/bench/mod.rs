@@ -100,7 +100,13 @@ pub fn blackout(json: bool, only: &str, samples: usize) -> Result<bool> {
             continue;
         }
         eprintln!("measuring: {}", measure.name);
-        for row in (measure.run)(&bench)? {
+        let rows = (measure.run)(&bench).unwrap_or_else(|error| {
+            // The others are worth having all the same.
+            eprintln!("{} could not be measured: {error:#}", measure.name);
+            all = false;
+            Vec::new()
+        });
+        for row in rows {
             all &= row.holds;
             if json {
                 println!("{}", serde_json::to_string(&row)?);

@@ -22,7 +22,18 @@ fn pin_network(config: &mut Value) {
 /// A container that can be moved by hand.
 pub(super) fn spec(name: &str, last: u8, command: &[&str]) -> ContainerSpec {
     let address = std::net::Ipv4Addr::new(10, 77, 0, last);
-    ContainerSpec { edit: Some(pin_network), rootfs: Rootfs::Overlay, ..ContainerSpec::new(name, address, command) }
+    // CRIU alone can't save standard streams that lead out of the container.
+    let inside = ["sh", "-c", "exec \"$@\" >/run/out 2>&1 </dev/null", "sh"];
+    let command: Vec<&str> = inside.iter().chain(command).copied().collect();
+    ContainerSpec { edit: Some(pin_network), rootfs: Rootfs::Overlay, ..ContainerSpec::new(name, address, &command) }
+}
+
+/// Waits until its program has said that it is ready.
+pub(super) fn wait_ready(spec: &ContainerSpec, host: &Host) -> Result<()> {
+    let script = "for i in $(seq 600); do runc exec $0 grep -q ready /run/out && exit 0; sleep 0.1; done; exit 1";
+    let output = host.output(["sh", "-ec", script, &spec.name])?;
+    anyhow::ensure!(output.status.success(), "{} does not get ready", spec.name);
+    Ok(())
 }
 
 /// Starts it on a host.

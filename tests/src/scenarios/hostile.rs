@@ -67,6 +67,7 @@ fn description(id: &str) -> Description {
         memory_bytes: 1,
         disk_bytes: 1,
         single_cgroup: true,
+        single_netns: false,
     }
 }
 

@@ -70,12 +70,12 @@ pub(crate) fn sink(options: &SinkOptions) -> anyhow::Result<bool> {
 pub(crate) fn source(options: &SourceOptions) -> anyhow::Result<bool> {
     tokio::runtime::Runtime::new()?.block_on(async {
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-        let block: Vec<u8> = (0..BLOCK / 8)
-            .flat_map(|_| {
-                state = idle::xorshift(state);
-                state.to_ne_bytes()
-            })
-            .collect();
+        // All of it, and not one block again and again, which would come out of the processor's cache.
+        let mut memory = vec![0; (options.mib as usize) << 20];
+        for word in memory.chunks_exact_mut(8) {
+            state = idle::xorshift(state);
+            word.copy_from_slice(&state.to_ne_bytes());
+        }
         let address = PeerAddress {
             host: options.name.clone(),
             address: options.addr.to_string(),
@@ -84,8 +84,8 @@ pub(crate) fn source(options: &SourceOptions) -> anyhow::Result<bool> {
         let mut connection = connect_pages(&identity()?, &address).await?;
         let start = Instant::now();
         connection.write_all(&(options.mib << 20).to_le_bytes()).await?;
-        for _ in 0..options.mib {
-            connection.write_all(&block).await?;
+        for block in memory.chunks(BLOCK) {
+            connection.write_all(block).await?;
         }
         connection.flush().await?;
         connection.read_exact(&mut [0]).await.context("wait until all has arrived")?;
