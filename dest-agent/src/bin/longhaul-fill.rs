@@ -42,10 +42,13 @@ fn main() -> ExitCode {
     }
     let done = match Cli::parse().role {
         Role::Keep { dir, socket } => Keeper::bind(&dir, &socket).and_then(Keeper::run),
-        Role::Work { dir } => std::os::fd::AsFd::as_fd(&std::io::stdin())
-            .try_clone_to_owned()
-            .and_then(|input| Filler::open(&dir, Channel::of(input)))
-            .and_then(Filler::run),
+        // Started as /proc/self/exe, which would be its name.
+        Role::Work { dir } => std::fs::write("/proc/self/comm", "longhaul-fill").and_then(|()| {
+            std::os::fd::AsFd::as_fd(&std::io::stdin())
+                .try_clone_to_owned()
+                .and_then(|input| Filler::open(&dir, Channel::of(input)))
+                .and_then(Filler::run)
+        }),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,5 +1,6 @@
 //! Pre-copy: rounds over the memory of a running container, and the last one while it is frozen.
 
+use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -98,6 +99,8 @@ pub struct Precopy {
     /// Known parts of the downtime.
     outlook: Outlook,
     residuals: Vec<u64>,
+    /// Bytes a second of the last rounds.
+    speeds: VecDeque<f64>,
     last_take: Option<Instant>,
     busy_since: Option<Instant>,
     /// What was done.
@@ -147,6 +150,7 @@ impl Precopy {
             limits,
             outlook,
             residuals: Vec::new(),
+            speeds: VecDeque::new(),
             last_take: None,
             busy_since: None,
             rounds: Vec::new(),
@@ -237,7 +241,12 @@ impl Precopy {
         let looked_at = pumped.pages * longhaul_common::sys::memory::PAGE;
         // A few pages say nothing about the link's speed.
         if looked_at >= MEASURABLE {
-            self.outlook.bytes_per_second = looked_at as f64 / took.as_secs_f64().max(1e-6);
+            self.speeds.push_back(looked_at as f64 / took.as_secs_f64().max(1e-6));
+            if self.speeds.len() > MEASURED_ROUNDS {
+                self.speeds.pop_front();
+            }
+            // The best: while frozen, the container does not compete for the processors.
+            self.outlook.bytes_per_second = self.speeds.iter().copied().fold(0.0, f64::max);
         }
         Ok(self.report(&pumped, took, wire_before))
     }
@@ -308,6 +317,8 @@ impl Precopy {
 
 /// Rounds of at least so many bytes say how fast the link is.
 const MEASURABLE: u64 = 4 << 20;
+/// Rounds whose speed counts.
+const MEASURED_ROUNDS: usize = 4;
 
 impl LastRound {
     /// Compares what CRIU left out with what was sent beside it. True if it did; false if its images hold everything,

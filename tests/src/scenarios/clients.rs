@@ -21,7 +21,6 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         Scenario { name: "a hundred idle connections survive", run: idle_connections },
         Scenario { name: "a connection over ipv6 survives", run: ipv6 },
         Scenario { name: "a process tree with everything checks itself after a move", run: selfcheck },
-        Scenario { name: "memory checks itself after moves", run: memcheck },
     ]
 }
 
@@ -188,33 +187,3 @@ fn selfcheck(lab: &Lab) -> Result<()> {
 /// A task of another user that has changed its own rlimits can't be restored without `CAP_SYS_RESOURCE`, which this machine
 /// may not give.
 const WITHOUT: &str = "worker-user";
-
-fn memcheck(lab: &Lab) -> Result<()> {
-    let stage = Stage::of(lab)?;
-    let command = [
-        "lab-tool",
-        "memcheck",
-        "run",
-        "--mib",
-        "64",
-        "--rate",
-        "5000",
-        "--procs",
-        "2",
-        "--threads",
-        "2",
-        "--listen",
-        "0.0.0.0:7005",
-    ];
-    ContainerSpec::new("memory", Ipv4Addr::new(10, 77, 0, 28), &command).start(stage.a)?;
-    wait_port(stage.c, "10.77.0.28:7005")?;
-    let check = "lab-tool memcheck query --addr 10.77.0.28:7005";
-    stage.c.sh(check)?;
-    for _ in 0..2 {
-        move_to("memory", stage.a, stage.b)?;
-        stage.c.sh(check)?;
-        move_to("memory", stage.b, stage.a)?;
-        stage.c.sh(check)?;
-    }
-    Ok(())
-}

@@ -4,6 +4,7 @@ mod clients;
 mod failures;
 mod files;
 mod hostile;
+mod memory;
 mod refusals;
 mod trust;
 
@@ -21,6 +22,7 @@ use crate::lab::{Host, Lab};
 pub fn all() -> Vec<Scenario> {
     let mut all = Vec::new();
     all.extend(clients::scenarios());
+    all.extend(memory::scenarios());
     all.extend(files::scenarios());
     all.extend(failures::scenarios());
     all.extend(refusals::scenarios());

@@ -1,0 +1,221 @@
+//! Memory that is copied while the container runs arrives as it was.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::{Stage, counter, migrate, must_have_counted_on, redis, runs};
+use crate::client::Client;
+use crate::container::ContainerSpec;
+use crate::harness::Scenario;
+use crate::lab::{Host, Lab};
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    vec![
+        Scenario { name: "memory under heavy change checks itself after many moves", run: many_moves },
+        Scenario { name: "memory checks itself where the move was given up", run: given_up },
+        Scenario { name: "a filler that is killed is started again and nothing is lost", run: filler_killed },
+        Scenario { name: "memory goes on being filled in without its agent", run: agent_killed },
+        Scenario { name: "a page connection that breaks goes on where it stopped", run: connection_broken },
+        Scenario { name: "an eager move has all memory in place before the container runs", run: eager },
+        Scenario { name: "without its library all memory goes in the images and the report says so", run: no_library },
+        Scenario { name: "a container that writes too fast stays untouched", run: too_fast },
+    ]
+}
+
+const MEMCHECK: &str = "10.77.0.26:7003";
+
+/// The self-checking workload: two processes of two threads that write, map, remap, give up, and fork.
+fn memcheck(host: &Host, client: &Host, mib: &str, rate: &str) -> Result<()> {
+    let words = [
+        "lab-tool",
+        "memcheck",
+        "run",
+        "--mib",
+        mib,
+        "--rate",
+        rate,
+        "--procs",
+        "2",
+        "--threads",
+        "2",
+        "--listen",
+        MEMCHECK,
+    ];
+    let words = words.map(|word| if word == MEMCHECK { "0.0.0.0:7003" } else { word });
+    ContainerSpec::new("memory", std::net::Ipv4Addr::new(10, 77, 0, 26), &words).start(host)?;
+    client.sh(&format!("lab-tool wait-port {MEMCHECK} --seconds 20")).map(drop)
+}
+
+fn must_be_right(client: &Host) -> Result<()> {
+    client.sh(&format!("lab-tool memcheck query --addr {MEMCHECK}")).map(drop)
+}
+
+fn moved(name: &str, from: &Host, to: &Host, options: &[&str]) -> Result<Value> {
+    let words = [&[name, "--to", &to.name, "-q"], options].concat();
+    let said = migrate(from, &words)?;
+    ensure!(said.code == 0, "the move failed: {}", said.text());
+    Ok(said.report)
+}
+
+fn many_moves(lab: &Lab) -> Result<()> {
+    let stage = Stage::of(lab)?;
+    memcheck(stage.a, stage.c, "64", "20000")?;
+    let mut hosts = [stage.a, stage.b];
+    for turn in 0..6 {
+        // A loaded machine may never get as far as the downtime that is the default.
+        let report = moved("memory", hosts[0], hosts[1], &["--timeout-action", "freeze"])?;
+        ensure!(report["memory"]["tracker"] == "userfaultfd-wp", "memory was not tracked: {}", report["memory"]);
+        // Also while it is still being filled in.
+        if turn % 2 == 0 {
+            must_be_right(stage.c)?;
+        }
+        hosts.swap(0, 1);
+    }
+    must_be_right(stage.c)
+}
+
+fn given_up(lab: &Lab) -> Result<()> {
+    let stage = Stage::of(lab)?;
+    memcheck(stage.a, stage.c, "64", "20000")?;
+    // CRIU there can't restore: everything before it works, the freeze included.
+    stage.b.sh("mv /usr/sbin/criu /usr/sbin/criu.away; printf '#!/bin/sh\\n[ \"$1\" = swrk ] && exit 1\\nexec /usr/sbin/criu.away \"$@\"\\n' > /usr/sbin/criu; chmod +x /usr/sbin/criu")?;
+    let mut outcomes = Vec::new();
+    for _ in 0..3 {
+        outcomes.push(migrate(stage.a, &["memory", "--to", &stage.b.name, "-q"])?.code);
+        must_be_right(stage.c)?;
+    }
+    stage.b.sh("mv /usr/sbin/criu.away /usr/sbin/criu")?;
+    ensure!(outcomes.iter().all(|code| *code == 1), "ended with {outcomes:?}");
+    moved("memory", stage.a, stage.b, &["--timeout-action", "freeze"])?;
+    must_be_right(stage.c)
+}
+
+/// A redis with so much content that filling it in takes a while, and what it says of all of it.
+fn filled_redis(stage: &Stage<'_>) -> Result<String> {
+    let words =
+        ["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--enable-debug-command", "yes"];
+    ContainerSpec::new("web", super::REDIS, &words).start(stage.a)?;
+    stage.c.sh(
+        "lab-tool wait-port 10.77.0.20:6379 --seconds 20; redis-cli -h 10.77.0.20 debug populate 200000 key 1000",
+    )?;
+    digest(stage.c)
+}
+
+fn digest(client: &Host) -> Result<String> {
+    client.sh("redis-cli -h 10.77.0.20 debug digest")
+}
+
+fn filler_killed(lab: &Lab) -> Result<()> {
+    let stage = Stage::of(lab)?;
+    let before = filled_redis(&stage)?;
+    // Whenever a worker shows up, it is killed; ten of them.
+    let mut killer = stage
+        .b
+        .command(["sh", "-c", "n=0; for i in $(seq 20000); do for p in $(pgrep -f '[e]xe work'); do kill -9 $p && n=$((n+1)) && echo $n > /tmp/killed; done; [ $n -ge 10 ] && break; done"])
+        .spawn()?;
+    let report = moved("web", stage.a, stage.b, &[])?;
+    ensure!(report["memory"]["path"] == "lazy", "{}", report["memory"]);
+    let after = digest(stage.c)?;
+    let _ = killer.kill();
+    killer.wait()?;
+    ensure!(before == after, "the content is another: {before} and {after}");
+    let killed = std::fs::read_to_string(stage.b.path("/tmp/killed")).unwrap_or_default();
+    ensure!(!killed.trim().is_empty() && killed.trim() != "0", "no worker was killed");
+    Ok(())
+}
+
+fn agent_killed(lab: &Lab) -> Result<()> {
+    let stage = Stage::of(lab)?;
+    let before = filled_redis(&stage)?;
+    moved("web", stage.a, stage.b, &[])?;
+    stage.b.sh("pkill -KILL -x longhaul-dest")?;
+    let after = digest(stage.c)?;
+    crate::agents::start(stage.b, crate::agents::Agent::Dest)?;
+    crate::agents::wait_ready(stage.b)?;
+    ensure!(before == after, "the content is another: {before} and {after}");
+    ensure!(digest(stage.c)? == before, "the content changed when the agent came back");
+    Ok(())
+}
+
+fn connection_broken(lab: &Lab) -> Result<()> {
+    let stage = Stage::of(lab)?;
+    let before = filled_redis(&stage)?;
+    let words = ["migrate", "web", "--to", &stage.b.name, "-q", "--format", "json", "--bandwidth", "60M"];
+    let moving = stage.a.command(words).stdout(std::process::Stdio::piped()).spawn()?;
+    // The connection that has sent the most is the one with the pages. It is reset twice.
+    for _ in 0..2 {
+        stage.b.sh(
+            "for i in $(seq 400); do \
+               port=$(ss -tinO state established '( sport = :7474 )' | sed -n 's/.*:7474 *[^ ]*:\\([0-9]*\\) .*bytes_received:\\([0-9]*\\).*/\\2 \\1/p' | sort -n | tail -1); \
+               set -- $port; [ \"${1:-0}\" -gt 20000000 ] && ss -K state established sport = :7474 dport = :$2 >/dev/null && exit 0; \
+               sleep 0.01; done; exit 1",
+        )?;
+    }
+    let output = moving.wait_with_output()?;
+    let report: Value = serde_json::from_slice(&output.stdout).context("read the report")?;
+    ensure!(report["outcome"] == "moved", "{}", report["error"]);
+    let after = digest(stage.c)?;
+    ensure!(before == after, "the content is another: {before} and {after}");
+    let log = std::fs::read_to_string(stage.a.path(&crate::agents::Agent::Source.log())).unwrap_or_default();
+    ensure!(log.contains("the page connection broke; connecting again"), "it was never broken");
+    Ok(())
+}
+
+fn eager(lab: &Lab) -> Result<()> {
+    let stage = Stage::of(lab)?;
+    let before = filled_redis(&stage)?;
+    let report = moved("web", stage.a, stage.b, &["--eager"])?;
+    ensure!(report["memory"]["path"] == "eager", "{}", report["memory"]);
+    let running = stage.b.sh("pgrep -x longhaul-fill || true")?;
+    ensure!(running.trim().is_empty(), "memory is still being filled in");
+    ensure!(digest(stage.c)? == before, "the content is another");
+    Ok(())
+}
+
+fn no_library(lab: &Lab) -> Result<()> {
+    let stage = Stage::of(lab)?;
+    redis(stage.a, stage.c)?;
+    let client = counter(stage.c)?;
+    let library = "/usr/local/libexec/longhaul/liblonghaul_criu_filter.so";
+    stage.a.sh(&format!("mv {library} {library}.away"))?;
+    let report = moved("web", stage.a, stage.b, &[]);
+    let strict = migrate(stage.b, &["web", "--to", &stage.a.name, "-q"]);
+    stage.a.sh(&format!("mv {library}.away {library}"))?;
+    let report = report?;
+    ensure!(report["memory"]["path"] == "images", "{}", report["memory"]);
+    ensure!(
+        report["memory"]["fallback"].as_str().is_some_and(|why| why.contains("is not installed")),
+        "{}",
+        report["memory"]
+    );
+    ensure!(strict?.code == 0, "the way back does not need it there");
+    goes_on(client, stage.a)
+}
+
+fn goes_on(mut client: Client, host: &Host) -> Result<()> {
+    client.wait_progress("operations", 500)?;
+    must_have_counted_on(&client.finish()?)?;
+    ensure!(runs(host, "web")?, "the container does not run on {}", host.name);
+    Ok(())
+}
+
+fn too_fast(lab: &Lab) -> Result<()> {
+    let stage = Stage::of(lab)?;
+    memcheck(stage.a, stage.c, "32", "40000")?;
+    let said = migrate(
+        stage.a,
+        &["memory", "--to", &stage.b.name, "-q", "--bandwidth", "20M", "--max-downtime", "200ms", "--max-rounds", "2"],
+    )?;
+    ensure!(
+        said.code == 1 && said.report["error"].as_str().is_some_and(|why| why.contains("MiB/s")),
+        "{}",
+        said.text()
+    );
+    must_be_right(stage.c)?;
+    let said = migrate(stage.a, &["memory", "--to", &stage.b.name, "-q", "--bandwidth", "20M", "--timeout", "2s"])?;
+    ensure!(said.code == 1, "{}", said.text());
+    must_be_right(stage.c)?;
+    // Told to, it is moved all the same.
+    moved("memory", stage.a, stage.b, &["--bandwidth", "20M", "--timeout", "2s", "--timeout-action", "freeze"])?;
+    must_be_right(stage.c)
+}
