@@ -129,7 +129,7 @@ fn must_be_clean(host: &Host) -> Result<()> {
         grep -c . /proc/net/nf_conntrack 2>/dev/null | grep -v '^0' | sed 's/^/conntrack entries left: /'
         awk '$2 ~ /^\/srv\/containers/ || $2 ~ /criu/ {print "mount left: " $2}' /proc/mounts
         find /sys/fs/cgroup -mindepth 2 -type d 2>/dev/null | grep -v -e /init$ | sed 's/^/cgroup left: /'
-        pgrep -a 'criu|runc|longhaul-criu' | sed 's/^/process left: /'
+        pgrep -a 'criu|runc|longhaul-criu|longhaul-fill' | sed 's/^/process left: /'
         ls /var/lib/longhaul/source 2>/dev/null | sed 's/^/journal left: /'
     "#;
     let left = host.output(["sh", "-c", script])?;

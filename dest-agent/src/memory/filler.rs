@@ -25,7 +25,7 @@ use super::store::SLOTS;
 /// Pages placed at once in the background: 256 KiB, 0.1 ms, which is how long a fault may have to wait.
 const CHUNK: u64 = 64;
 /// The same while faults come: the next one is near.
-const CHUNK_BETWEEN_FAULTS: u64 = 8;
+const CHUNK_BETWEEN_FAULTS: u64 = 16;
 /// How long after a fault the next one is expected.
 const FAULTS_EXPECTED: Duration = Duration::from_millis(1);
 /// Pages placed for a fault: the one, and what a sequential reader wants next.

@@ -205,6 +205,11 @@ fn busy_redis(bench: &Bench) -> Result<Vec<Row>> {
     let mut subject = Subject::start(bench, "busy", 34, &REDIS)?;
     populate(c, "10.77.0.34")?;
     let writing = writer(c, "10.77.0.34:6379")?;
+    // A host's first GiB is memory that its own hypervisor may have to find yet: that is not what is measured.
+    for _ in 0..2 {
+        subject.moved(&[])?;
+        settle(subject.hosts[0])?;
+    }
     let (gaps, reports) = probed(bench, &mut subject, "10.77.0.34:6379")?;
     drop(writing);
     let stops: Vec<f64> = reports.iter().map(|report| number(&report["memory"]["longest_stop_ms"])).collect();
@@ -241,7 +246,8 @@ fn by_hand_gap(spec: &ContainerSpec, a: &Host, b: &Host, c: &Host) -> Result<f64
     Ok(round(number(&probe.finish()?["longest_gap_ms"])))
 }
 
-/// How long after the gap the last slow answer came: slower than twice the 99.9th percentile before, and than a busy machine.
+/// How long after the gap the first second began whose 99.9th percentile is normal again: no more than twice what it was
+/// before, or 1 ms.
 fn recovery(bench: &Bench, subject: &mut Subject<'_>) -> Result<Vec<f64>> {
     let (_, _, c) = bench.hosts()?;
     let mut found = Vec::new();
@@ -263,12 +269,18 @@ fn recovery(bench: &Bench, subject: &mut Subject<'_>) -> Result<Vec<f64>> {
         let Some(gap) = events.iter().max_by(|a, b| number(&a["gap_ms"]).total_cmp(&number(&b["gap_ms"]))) else {
             continue;
         };
-        // Three seconds after the move a slow answer is the machine's, not the move's.
-        let last = events.iter().map(over).filter(|at| *at <= over(gap) + 3000.0).fold(over(gap), f64::max);
-        found.push(round(last - over(gap)));
+        let slow: Vec<f64> = events.iter().map(over).filter(|at| *at > over(gap)).map(|at| at - over(gap)).collect();
+        found.push(first_normal_second(&slow));
         settle(subject.hosts[0])?;
     }
     Ok(found)
+}
+
+/// A probe that asks every millisecond gets 800 to 900 answers a second: one slow one is within the 99.9th percentile.
+fn first_normal_second(slow_ms: &[f64]) -> f64 {
+    const STEP_MS: f64 = 50.0;
+    let is_normal = |from: f64| slow_ms.iter().filter(|at| (from..from + 1000.0).contains(*at)).count() <= 1;
+    (0..200).map(|step| f64::from(step) * STEP_MS).find(|from| is_normal(*from)).unwrap_or(f64::INFINITY)
 }
 
 fn throughput(bench: &Bench) -> Result<Vec<Row>> {

@@ -12,46 +12,21 @@ pub(crate) struct Options {
     /// Fill with pseudo-random words, which do not compress, instead of one constant
     #[arg(long)]
     random: bool,
-    /// Fill with different pages of words, as text and JSON are: they compress to about a quarter
+    /// Fill with lines of JSON that differ in their numbers, as caches and logs do
     #[arg(long, conflicts_with = "random")]
     text: bool,
 }
-
-/// Words of the text.
-const WORDS: [&[u8; 8]; 16] = [
-    b"request ",
-    b"status: ",
-    b"\"name\": ",
-    b"created ",
-    b"at host ",
-    b"error 50",
-    b"user id ",
-    b"2026-11-",
-    b"payload ",
-    b"version ",
-    b"latency ",
-    b"GET /api",
-    b"session ",
-    b"null, \n ",
-    b"message ",
-    b"timeout ",
-];
 
 /// Fills, prints `ready`, and sleeps until a signal ends the process.
 pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
     let mut memory = sys::mem::Region::anonymous(options.mib << 20, sys::mem::Sharing::Private)?;
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    for (index, word) in memory.words_mut().iter_mut().enumerate() {
+    let mut text = Vec::new();
+    for word in memory.words_mut() {
         if options.random || options.text {
             state = xorshift(state);
         }
-        // Two words of the language, then one of digits.
-        let known = WORDS[(state >> 60) as usize];
-        *word = match options.text {
-            true if index % 3 != 2 => u64::from_ne_bytes(*known),
-            true => u64::from_ne_bytes(*known) ^ (state & 0x0f0f),
-            false => state,
-        };
+        *word = if options.text { next_word(&mut text, state) } else { state };
     }
     sys::signal::stop_on_terminate()?;
     println!("ready");
@@ -60,6 +35,24 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
     }
     drop(memory);
     Ok(true)
+}
+
+/// The next 8 bytes of the text; a new line is made of `state` when there are not so many left.
+fn next_word(text: &mut Vec<u8>, state: u64) -> u64 {
+    if text.len() < 8 {
+        let (id, other, third) = (state % 1_000_000, (state >> 20) % 1000, state >> 44);
+        let line = format!(
+            "{{\"id\":{id},\"user\":\"user-{other}\",\"created\":\"2026-11-{:02}T{:02}:{:02}:00Z\",\"status\":\"active\",\
+             \"path\":\"/api/v2/items/{third}\",\"latency_ms\":{}}}\n",
+            state % 30 + 1,
+            state % 24,
+            state % 60,
+            other % 300
+        );
+        text.extend(line.bytes());
+    }
+    let word: Vec<u8> = text.drain(..8).collect();
+    word.iter().fold(0, |word, byte| word << 8 | u64::from(*byte))
 }
 
 /// One step of Marsaglia's xorshift64; `state` must not be 0.
