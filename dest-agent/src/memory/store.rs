@@ -4,6 +4,7 @@
 //! which page is in which slot. Equal pages share a slot. Last write wins: a page that comes again replaces what it was.
 //! The store has a fixed most of slots, and when it is used up it refuses: memory is never taken from who has it.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -193,19 +194,18 @@ impl PageStore {
         if self.spaces.len() >= MAX_SPACES && !self.spaces.contains_key(&space) {
             return Err(StoreError::Full(self.most as u64 * PAGE));
         }
-        let tables = self.spaces.entry(space).or_default();
-        let key = page / TABLE;
-        if !tables.contains_key(&key) {
+        let table = match self.spaces.entry(space).or_default().entry(page / TABLE) {
+            Entry::Occupied(table) => table.into_mut(),
             // One page in each table is the sparsest there is.
-            if self.tables > self.most + 1024 {
+            Entry::Vacant(_) if self.tables > self.most + 1024 => {
                 return Err(StoreError::Full(self.most as u64 * PAGE));
             }
-            self.tables += 1;
-            tables.insert(key, Box::new([NONE; TABLE as usize]));
-        }
-        let Some(entry) = tables.get_mut(&key).and_then(|table| table.get_mut((page % TABLE) as usize)) else {
-            return Ok(());
+            Entry::Vacant(place) => {
+                self.tables += 1;
+                place.insert(Box::new([NONE; TABLE as usize]))
+            }
         };
+        let Some(entry) = table.get_mut((page % TABLE) as usize) else { return Ok(()) };
         let old = std::mem::replace(entry, slot);
         // The new use first: a page may be entered again with the slot it has.
         if let Some(uses) = self.uses.get_mut(slot as usize) {
