@@ -332,7 +332,7 @@ impl Arrival {
             if pages {
                 restore_from_images(&staging.images())?;
                 let memory = memory.ok_or(ReceiveError::NotDue)?;
-                stored = finish(&memory)?.pages;
+                stored = finish(&memory)?;
             }
             let start = Instant::now();
             staging.mount_root(&self.container)?;

@@ -73,19 +73,10 @@ pub struct Memory {
     last: HashMap<u32, u64>,
     content: HashMap<u32, Vec<Range<u64>>>,
     ranges: usize,
-    /// Set when everything is here and the indexes are written.
-    arrived: Option<Arrived>,
+    /// The pages that count, once all of them are here and the indexes are written.
+    arrived: Option<u64>,
     /// Which connection each stream has: the latest.
     connections: HashMap<u32, u64>,
-}
-
-/// What has arrived in the end.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Arrived {
-    /// Pages that count.
-    pub pages: u64,
-    /// Bytes of the store that hold them.
-    pub store_bytes: u64,
 }
 
 /// Shared by the page connections and the migration's steps.
@@ -112,13 +103,13 @@ impl Memory {
     }
 
     /// Writes the indexes. Nothing may be missing.
-    fn write_indexes(&self) -> Result<Arrived, ReceiveError> {
+    fn write_indexes(&self) -> Result<u64, ReceiveError> {
         let store = self.store.as_ref().ok_or(ReceiveError::NotDue)?;
         let mut pages = 0;
         for (space, ranges) in &self.content {
             pages += store.write_index(*space, ranges)?;
         }
-        Ok(Arrived { pages, store_bytes: store.bytes() })
+        Ok(pages)
     }
 
     fn apply(&mut self, stream: u32, connection: u64, frame: &Frame) -> Result<(), ReceiveError> {
@@ -159,8 +150,8 @@ impl Memory {
     }
 }
 
-/// What has arrived, if it is everything.
-pub fn finish(memory: &SharedMemory) -> Result<Arrived, ReceiveError> {
+/// How many pages count, if all of them are here.
+pub fn finish(memory: &SharedMemory) -> Result<u64, ReceiveError> {
     lock(memory).arrived.ok_or(ReceiveError::NotDue)
 }
 

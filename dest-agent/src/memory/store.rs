@@ -250,8 +250,9 @@ impl PageStore {
         Ok(slots.len() as u64)
     }
 
-    /// The content of a page, for tests and for those who want it before it is filled in.
-    pub fn read(&self, space: u32, page: u64) -> Option<Vec<u8>> {
+    /// The content of a page.
+    #[cfg(test)]
+    fn read(&self, space: u32, page: u64) -> Option<Vec<u8>> {
         let slot = self.get(space, page)?;
         let mut bytes = vec![0; PAGE_BYTES];
         if slot != ZERO {

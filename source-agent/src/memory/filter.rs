@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use longhaul_common::sys::memory::PAGE;
 
-use super::maps::{Area, early_pages};
+use super::maps::{Area, early_pages, intersection};
 use super::tracker::{Frozen, SpacePages};
 
 /// The environment variable that names the table.
@@ -137,14 +137,7 @@ fn without_pages(areas: &[Area], pages: &[u64]) -> Vec<Area> {
 
 /// Pages of `content` within `areas`; both are in order.
 fn pages_in(areas: &[Area], content: &SpacePages) -> u64 {
-    let mut pages = 0;
-    for range in &content.ranges {
-        let first = areas.partition_point(|area| area.end <= range.start);
-        for area in areas[first..].iter().take_while(|area| area.start < range.end) {
-            pages += (area.end.min(range.end) - area.start.max(range.start)) / PAGE;
-        }
-    }
-    pages
+    intersection(&content.ranges, areas).iter().map(|range| (range.end - range.start) / PAGE).sum()
 }
 
 #[cfg(test)]

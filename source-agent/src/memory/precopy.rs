@@ -336,7 +336,8 @@ fn lock(hands: &Mutex<Hands>) -> std::sync::MutexGuard<'_, Hands> {
     hands.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-fn mib(bytes: u64) -> f64 {
+/// Bytes as MiB, for reports and progress.
+pub fn mib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
 

@@ -16,7 +16,7 @@ use crate::checkpoint::{Armed, Externals, images_dir};
 use crate::inspect::{InspectError, Inspection, inspect};
 use crate::memory::filter;
 use crate::memory::link::Link;
-use crate::memory::precopy::{MemoryError, Precopy, Step};
+use crate::memory::precopy::{MemoryError, Precopy, Step, mib};
 use crate::memory::predict::{Limits, Outlook};
 use crate::memory::pump::Pump;
 use crate::memory::tracker::{TrackError, WriteProtect};
@@ -239,10 +239,6 @@ const MEMORY_SHARE: Duration = Duration::from_millis(100);
 
 /// How often progress within a round is told.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
-
-fn mib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
-}
 
 /// The destination has memory as it was a moment ago.
 pub(super) struct Copied(Prepared);
