@@ -22,6 +22,7 @@ pub mod pages;
 pub mod runtime;
 #[allow(unsafe_code, reason = "system calls no library wraps")]
 pub mod sys;
+pub mod tasks;
 pub mod telemetry;
 pub mod tls;
 pub mod tree;

@@ -92,6 +92,8 @@ pub enum What {
     },
     /// They have content in the end.
     Content,
+    /// The same, and it must be in place before the container runs.
+    AtOnce,
 }
 
 /// A run of pages.
@@ -231,6 +233,7 @@ pub fn encode_records(records: &[Record]) -> Vec<u8> {
             What::Zero => (2, 0, 0),
             What::Same { space, page } => (3, space, page),
             What::Content => (4, 0, 0),
+            What::AtOnce => (5, 0, 0),
         };
         bytes.extend(record.page.to_le_bytes());
         bytes.extend(page.to_le_bytes());
@@ -256,6 +259,7 @@ pub fn decode_records(header: &Header, bytes: &[u8]) -> Result<Vec<Record>, Fram
             (Kind::Batch, 2) => What::Zero,
             (Kind::Batch, 3) => What::Same { space: u32_at(bytes, 20), page: u64_at(bytes, 8) },
             (Kind::Content, 4) => What::Content,
+            (Kind::Content, 5) => What::AtOnce,
             (_, other) => return Err(field("kind of record", other.into())),
         };
         let record = Record { page: u64_at(bytes, 0), count: u32_at(bytes, 16), what };

@@ -18,6 +18,7 @@ use nix::unistd::Pid;
 use thiserror::Error;
 use tokio::process::Child;
 
+use crate::memory::at_once::{PlaceError, place};
 use crate::memory::handle::{FillError, Filler};
 use crate::staging::Staging;
 
@@ -65,6 +66,9 @@ pub enum RestoreError {
     /// The filler.
     #[error(transparent)]
     Fill(#[from] FillError),
+    /// Pages that can't wait.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
 }
 
 /// Where the container's memory comes from.
@@ -85,6 +89,7 @@ pub struct Armed {
     child: Child,
     log: PathBuf,
     work: PathBuf,
+    pages: PathBuf,
     init: i32,
     gone: bool,
     filler: Option<Filler>,
@@ -129,8 +134,8 @@ impl Armed {
         };
         let mut held = held?;
         held.prepare(preparation(container, staging, from)).await?;
-        let work = staging.work();
-        Ok(Self { held, child, log, work, init: 0, gone: false, filler, from, _listener: listener })
+        let (work, pages) = (staging.work(), staging.pages());
+        Ok(Self { held, child, log, work, pages, init: 0, gone: false, filler, from, _listener: listener })
     }
 
     /// Restores. On success every task exists, stopped before its first instruction.
@@ -146,6 +151,12 @@ impl Armed {
                 }
                 HoldEvent::Ended { error, .. } => return Err(self.failure(&error)),
             }
+        }
+        if self.from != MemoryFrom::Images {
+            let (pages, init) = (self.pages.clone(), self.init);
+            let placed = tokio::task::spawn_blocking(move || place(&pages, init)).await;
+            let placed = placed.map_err(|_| RestoreError::Runtime("a thread of the agent ended".to_owned()))??;
+            tracing::debug!(placed, "pages that could not wait are in place");
         }
         if self.from == MemoryFrom::StoreFirst
             && let Some(filler) = &mut self.filler

@@ -13,6 +13,8 @@ pub const PAGE: u64 = 4096;
 pub mod category {
     /// Written since it was last write-protected.
     pub const WRITTEN: u64 = 1 << 1;
+    /// A file's: what it shows was not written by the task.
+    pub const FILE: u64 = 1 << 2;
     /// In memory.
     pub const PRESENT: u64 = 1 << 3;
     /// In swap.
@@ -60,30 +62,47 @@ const _: () = assert!(size_of::<ScanArg>() == 96 && size_of::<PageRegion>() == 2
 /// Which pages a scan reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scan {
-    /// Pages that have content: what CRIU would save of an anonymous area (`pmc_fill` in criu/pagemap-cache.c, 4.2). It is not
-    /// asked whether they are of a file: in such an area none is, and to find out the kernel reads each page's descriptor,
-    /// which takes ten times as long as all the rest.
+    /// Pages that have content of the task's own: what CRIU would save (`pmc_fill` in criu/pagemap-cache.c, 4.2).
     Content,
     /// Of those, the ones written since they were last protected.
     Written,
     /// The same, and each is protected again in the same step.
     TakeWritten,
+    /// Pages with content that are not in memory.
+    Swapped,
 }
 
-/// Calls `found` with every range of pages in `[start, end)`, an anonymous area, that matches, in order. `pagemap` is
+/// What an area shows where the task has written nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backing {
+    /// Zeroes. No page of a file can be there, and the scan does not ask: to find out, the kernel reads each page's
+    /// descriptor, which takes ten times as long as all the rest.
+    Zeroes,
+    /// A file.
+    File,
+}
+
+/// Calls `found` with every range of pages in `[start, end)`, one private area, that matches, in order. `pagemap` is
 /// `/proc/<pid>/pagemap`.
 ///
 /// # Errors
 /// `EPERM` for `Written` and `TakeWritten` where an area is not registered for asynchronous write protection: what was
 /// found until then may not be all. `ENOTTY` before Linux 6.7.
-pub fn scan(pagemap: &File, start: u64, end: u64, what: Scan, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
+pub fn scan(
+    pagemap: &File,
+    (start, end): (u64, u64),
+    backing: Backing,
+    what: Scan,
+    mut found: impl FnMut(u64, u64),
+) -> io::Result<()> {
     let mut regions = [PageRegion::default(); REGIONS];
-    let written = if what == Scan::Content { 0 } else { category::WRITTEN };
-    let flags = match what {
-        Scan::Content => 0,
-        Scan::Written => PM_SCAN_CHECK_WPASYNC,
-        Scan::TakeWritten => PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+    let (flags, written) = match what {
+        Scan::Content | Scan::Swapped => (0, 0),
+        Scan::Written => (PM_SCAN_CHECK_WPASYNC, category::WRITTEN),
+        Scan::TakeWritten => (PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, category::WRITTEN),
     };
+    let present = if what == Scan::Swapped { 0 } else { category::PRESENT };
+    let absent = no_content() | if backing == Backing::File { category::FILE } else { 0 };
     let mut at = start;
     while at < end {
         let mut arg = ScanArg {
@@ -93,9 +112,9 @@ pub fn scan(pagemap: &File, start: u64, end: u64, what: Scan, mut found: impl Fn
             end,
             vec: regions.as_mut_ptr() as u64,
             vec_len: REGIONS as u64,
-            category_inverted: no_content(),
-            category_mask: no_content() | written,
-            category_anyof_mask: category::PRESENT | category::SWAPPED,
+            category_inverted: absent,
+            category_mask: absent | written,
+            category_anyof_mask: present | category::SWAPPED,
             return_mask: category::PRESENT | category::SWAPPED,
             ..ScanArg::default()
         };

@@ -14,13 +14,12 @@ use std::time::{Duration, Instant};
 use longhaul_common::sys::memory::{
     Mapping, PAGE, Placed, UffdEvent, copy_pages, next_event, wake, wake_all, zero_pages,
 };
-use nix::fcntl::{FallocateFlags, fallocate};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::channel::{Channel, Message};
-use super::index::{Index, SHARED, ZERO};
+use super::index::{Due, Index, SHARED, ZERO};
 use super::plan::{EVENT, Event, FIRST_FORKED, Plan, Run, SpaceId, decode, encode};
-use super::store::SLOTS;
+use super::store::{SLOTS, free_slots};
 
 /// Pages placed at once in the background: 256 KiB, 0.1 ms, which is how long a fault may have to wait.
 const CHUNK: u64 = 64;
@@ -61,12 +60,8 @@ impl Filler {
         let log_path = dir.join(LOG);
         let log = OpenOptions::new().create(true).append(true).open(&log_path)?;
         let mut plan = Plan::default();
-        for entry in std::fs::read_dir(dir)? {
-            let entry = entry?;
-            let name = entry.file_name();
-            if let Some(space) = name.to_str().and_then(|name| name.strip_prefix("space-")?.parse().ok()) {
-                plan.add(space, Arc::new(Index::read(&entry.path())?));
-            }
+        for (space, path) in Index::all(dir, Due::Later)? {
+            plan.add(space.into(), Arc::new(Index::read(&path)?));
         }
         let mut next_forked = FIRST_FORKED;
         let logged = std::fs::read(&log_path)?;
@@ -288,7 +283,7 @@ impl Filler {
                     && run.entry & SHARED == 0
                     && self.next_forked == FIRST_FORKED
                 {
-                    self.give_back(run.entry, bytes);
+                    free_slots(&self.slots_file, run.entry, bytes);
                 }
                 Ok(Some(placed))
             }
@@ -298,15 +293,6 @@ impl Filler {
                 Ok(None)
             }
             Err(error) => Err(error),
-        }
-    }
-
-    /// Frees slots that nobody needs any more: the container's memory must not be here twice.
-    fn give_back(&self, slot: u32, bytes: u64) {
-        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        let (offset, length) = ((u64::from(slot) * PAGE).cast_signed(), bytes.cast_signed());
-        if let Err(errno) = fallocate(&self.slots_file, flags, offset, length) {
-            tracing::debug!(%errno, "can't free a part of the page store");
         }
     }
 

@@ -13,6 +13,15 @@ pub const ZERO: u32 = u32::MAX - 1;
 /// Set in a slot that several pages share: it must stay until the last of them has it.
 pub const SHARED: u32 = 1 << 31;
 
+/// When pages must be in place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Due {
+    /// Some time after the container runs: the filler brings them.
+    Later,
+    /// Before it runs.
+    AtOnce,
+}
+
 /// The index of one address space.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Index {
@@ -23,9 +32,29 @@ pub struct Index {
 }
 
 impl Index {
-    /// The file of an address space.
-    pub fn path(dir: &Path, space: u32) -> PathBuf {
-        dir.join(format!("space-{space}"))
+    /// The file for an address space.
+    pub fn path(dir: &Path, due: Due, space: u32) -> PathBuf {
+        dir.join(format!("{}{space}", Self::prefix(due)))
+    }
+
+    /// All there are of one kind: address spaces and files.
+    pub fn all(dir: &Path, due: Due) -> io::Result<Vec<(u32, PathBuf)>> {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(dir)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if let Some(space) = name.to_str().and_then(|name| name.strip_prefix(Self::prefix(due))?.parse().ok()) {
+                found.push((space, entry.path()));
+            }
+        }
+        Ok(found)
+    }
+
+    fn prefix(due: Due) -> &'static str {
+        match due {
+            Due::Later => "space-",
+            Due::AtOnce => "at-once-",
+        }
     }
 
     /// Writes one.

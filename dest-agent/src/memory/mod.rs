@@ -2,8 +2,10 @@
 //!
 //! Pages come over the page connection ([`receive`]) into the [`store`]. When all that counts has arrived, an
 //! [`index`] of every address space is written, CRIU restores the container without its pages, and the [`filler`], a
-//! process of its own, answers its page faults and fills in the rest by a [`plan`].
+//! process of its own, answers its page faults and fills in the rest by a [`plan`]. What can't wait is put in place [at
+//! once](at_once).
 
+pub mod at_once;
 pub mod channel;
 pub mod filler;
 pub mod handle;

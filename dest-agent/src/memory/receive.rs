@@ -7,13 +7,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use longhaul_common::pages::{
-    Buffers, FrameError, HEADER, HELLO, Header, Hello, Kind, MAX_TEXT, RECORD, Record, Reply, checksum, decode_records,
+    Buffers, FrameError, HEADER, HELLO, Header, Hello, Kind, MAX_TEXT, RECORD, Record, Reply, What, checksum,
+    decode_records,
 };
 use longhaul_common::tls::TlsConnection;
 use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
 
+use super::index::Due;
 use super::store::{PageStore, StoreError};
 
 /// Frames between the connection and the thread that stores them: one to decrypt, one to store, and two for their
@@ -71,7 +73,7 @@ pub struct Memory {
     store: Option<PageStore>,
     /// The last frame stored, by stream.
     last: HashMap<u32, u64>,
-    content: HashMap<u32, Vec<Range<u64>>>,
+    content: HashMap<(u32, Due), Vec<Range<u64>>>,
     ranges: usize,
     /// The pages that count, once all of them are here and the indexes are written.
     arrived: Option<u64>,
@@ -106,8 +108,8 @@ impl Memory {
     fn write_indexes(&self) -> Result<u64, ReceiveError> {
         let store = self.store.as_ref().ok_or(ReceiveError::NotDue)?;
         let mut pages = 0;
-        for (space, ranges) in &self.content {
-            pages += store.write_index(*space, ranges)?;
+        for ((space, due), ranges) in &self.content {
+            pages += store.write_index(*due, *space, ranges)?;
         }
         Ok(pages)
     }
@@ -133,8 +135,9 @@ impl Memory {
                 if self.ranges > MAX_RANGES || frame.records.is_empty() {
                     return Err(ReceiveError::TooMany);
                 }
-                let content = self.content.entry(space).or_default();
                 for record in &frame.records {
+                    let due = if record.what == What::AtOnce { Due::AtOnce } else { Due::Later };
+                    let content = self.content.entry((space, due)).or_default();
                     let range = record.page..record.page + u64::from(record.count);
                     if content.last().is_some_and(|last| last.end > range.start) {
                         return Err(ReceiveError::Unsorted);

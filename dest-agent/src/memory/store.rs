@@ -14,9 +14,10 @@ use std::path::{Path, PathBuf};
 
 use longhaul_common::pages::{Record, What};
 use longhaul_common::sys::memory::PAGE;
+use nix::fcntl::{FallocateFlags, fallocate};
 use thiserror::Error;
 
-use super::index::{Index, SHARED, ZERO};
+use super::index::{Due, Index, SHARED, ZERO};
 
 const PAGE_BYTES: usize = PAGE as usize;
 /// Pages of one table.
@@ -83,6 +84,15 @@ pub struct PageStore {
 /// The name of the file of slots.
 pub const SLOTS: &str = "slots";
 
+/// Frees slots that nobody needs any more: the container's memory must not be here twice.
+pub fn free_slots(file: &File, first: u32, bytes: u64) {
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let (offset, length) = ((u64::from(first) * PAGE).cast_signed(), bytes.cast_signed());
+    if let Err(errno) = fallocate(file, flags, offset, length) {
+        tracing::debug!(%errno, "can't free a part of the page store");
+    }
+}
+
 impl PageStore {
     /// An empty store in `dir`, which is made, for at most `bytes`.
     pub fn create(dir: &Path, bytes: u64) -> Result<Self, StoreError> {
@@ -126,7 +136,7 @@ impl PageStore {
                         self.share(space, record.page + offset, other, from + offset)?;
                     }
                 }
-                What::Content => {}
+                What::Content | What::AtOnce => {}
             }
         }
         Ok(())
@@ -220,9 +230,9 @@ impl PageStore {
         Ok(())
     }
 
-    /// Writes the index of an address space for the pages that count; all of them must be here. Returns how many they are.
-    pub fn write_index(&self, space: u32, content: &[Range<u64>]) -> Result<u64, StoreError> {
-        let path = Index::path(&self.dir, space);
+    /// Writes an index of an address space for the pages that count; all of them must be here. Returns how many they are.
+    pub fn write_index(&self, due: Due, space: u32, content: &[Range<u64>]) -> Result<u64, StoreError> {
+        let path = Index::path(&self.dir, due, space);
         let wrap = |source| StoreError::File { operation: "write", path: path.clone(), source };
         let tables = self.spaces.get(&space);
         let mut slots = Vec::new();
@@ -296,7 +306,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let mut store = PageStore::create(&dir.path().join("s"), 1 << 20).expect("creates");
         store.apply(7, &[record(1, 1, What::Data)], &page(1)).expect("takes");
-        assert!(matches!(store.write_index(7, &[1..3]), Err(StoreError::Missing { page: 2, space: 7 })));
+        assert!(matches!(store.write_index(Due::Later, 7, &[1..3]), Err(StoreError::Missing { page: 2, space: 7 })));
         let same = record(5, 1, What::Same { space: 7, page: 99 });
         assert!(matches!(store.apply(7, &[same], &[]), Err(StoreError::Unknown { page: 99, space: 7 })));
     }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use longhaul_common::sys::memory::PAGE;
 
 use super::maps::{Area, early_pages, intersection};
-use super::tracker::{Frozen, SpacePages};
+use super::tracker::Frozen;
 
 /// The environment variable that names the table.
 const VARIABLE: &str = "LONGHAUL_FILTER";
@@ -31,21 +31,21 @@ pub struct Hidden {
     pid: i32,
     /// Areas with what is needed early taken out.
     areas: Vec<Area>,
-    /// The pages in them that have content.
-    content: SpacePages,
+    /// Pages with content: those that may come later, and those that may not.
+    content: [Vec<Area>; 2],
 }
 
 /// Writes the table for a frozen container: all areas the tracker followed but the pages that are needed early.
-pub fn write_table(dir: &Path, frozen: &Frozen) -> io::Result<Vec<Hidden>> {
+pub fn write_table(dir: &Path, frozen: &[Frozen]) -> io::Result<Vec<Hidden>> {
     let mut text = format!("{VERSION}\n");
     let mut all = Vec::new();
-    for (followed, content) in frozen.followed.iter().zip(&frozen.content) {
-        let areas = without_pages(&followed.ranges, &early_pages(followed.pid)?);
+    for task in frozen {
+        let areas = without_pages(&task.followed, &early_pages(task.pid)?);
         for range in &areas {
             // Writing to a string can't fail.
-            let _ = writeln!(text, "{} {:x} {:x}", followed.pid, range.start, range.end);
+            let _ = writeln!(text, "{} {:x} {:x}", task.pid, range.start, range.end);
         }
-        all.push(Hidden { pid: followed.pid, areas, content: content.clone() });
+        all.push(Hidden { pid: task.pid, areas, content: [task.later.clone(), task.at_once.clone()] });
     }
     // Whole or not at all: CRIU is waiting already.
     let path = table_path(dir);
@@ -135,9 +135,10 @@ fn without_pages(areas: &[Area], pages: &[u64]) -> Vec<Area> {
     left
 }
 
-/// Pages of `content` within `areas`; both are in order.
-fn pages_in(areas: &[Area], content: &SpacePages) -> u64 {
-    intersection(&content.ranges, areas).iter().map(|range| (range.end - range.start) / PAGE).sum()
+/// Pages of `content` within `areas`; all are in order.
+fn pages_in(areas: &[Area], content: &[Vec<Area>]) -> u64 {
+    let both = content.iter().flat_map(|content| intersection(content, areas));
+    both.map(|range| (range.end - range.start) / PAGE).sum()
 }
 
 #[cfg(test)]
@@ -148,14 +149,14 @@ mod tests {
     fn early_pages_stay_visible() {
         let areas = [0x1000..0x5000, 0x8000..0x9000];
         assert_eq!(without_pages(&areas, &[0x2000, 0x8000]), [0x1000..0x2000, 0x3000..0x5000]);
-        let content = SpacePages { pid: 1, space: 1, ranges: vec![0x1000..0x4000, 0x8000..0x9000] };
+        let content = [vec![0x1000..0x4000], vec![0x8000..0x9000]];
         assert_eq!(pages_in(&[0x1000..0x2000, 0x3000..0x5000], &content), 2);
     }
 
     #[test]
     fn an_answer_is_compared_with_what_was_asked_for() {
         let dir = tempfile::tempdir().expect("a directory");
-        let content = SpacePages { pid: 5, space: 1, ranges: vec![0x1000..0x5000] };
+        let content = [vec![0x1000..0x3000], vec![0x3000..0x5000]];
         let hidden = [Hidden { pid: 5, areas: vec![0x1000..0x8000], content }];
         assert_eq!(told(dir.path(), &hidden), Told::Nothing);
         let told_file = dir.path().join("filter.told");

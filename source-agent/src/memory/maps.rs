@@ -8,24 +8,35 @@ use longhaul_common::sys::memory::PAGE;
 /// Pages by address, `[start, end)`.
 pub type Area = Range<u64>;
 
-/// The private anonymous areas of a task, in order. Some of them CRIU treats in its own way: [`special`] tells which.
-pub fn private_anonymous(pid: i32) -> io::Result<Vec<Area>> {
+/// A private area: what a task writes there is its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Private {
+    /// Where.
+    pub area: Area,
+    /// Of a file: pages that were never written are the file's.
+    pub is_file: bool,
+    /// The task may write there now.
+    pub is_writable: bool,
+}
+
+/// The private areas of a task, in order. Some of them CRIU treats in its own way: [`marks`] tells which.
+pub fn private(pid: i32) -> io::Result<Vec<Private>> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
     Ok(text.lines().filter_map(parse).collect())
 }
 
-fn parse(line: &str) -> Option<Area> {
+fn parse(line: &str) -> Option<Private> {
     let mut words = line.split_ascii_whitespace();
     let (range, permissions) = (words.next()?, words.next()?);
     let (_offset, _device, inode) = (words.next()?, words.next()?, words.next()?);
-    let is_anonymous = match words.next() {
-        None => true,
-        Some(name) => name == "[heap]" || name == "[stack]" || name.starts_with("[anon:"),
-    };
-    if !permissions.ends_with('p') || inode != "0" || !is_anonymous {
+    let name = words.next().unwrap_or_default();
+    let is_anonymous = matches!(name, "" | "[heap]" | "[stack]") || name.starts_with("[anon:");
+    // Neither: the kernel's own, like the vDSO.
+    let is_file = inode != "0" && name.starts_with('/');
+    if !permissions.ends_with('p') || is_file == (inode == "0" && is_anonymous) {
         return None;
     }
-    range_of(range)
+    Some(Private { area: range_of(range)?, is_file, is_writable: permissions.as_bytes().get(1) == Some(&b'w') })
 }
 
 fn range_of(text: &str) -> Option<Area> {
@@ -33,26 +44,39 @@ fn range_of(text: &str) -> Option<Area> {
     Some(u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?)
 }
 
-/// Areas that CRIU does not restore lazily, or not at all: locked, of huge pages, droppable, shadow stacks
-/// (`vma_entry_can_be_lazy` in criu/include/vma.h, `generate_vma_iovs` in criu/mem.c, 4.2). And areas that a fork wipes: a
-/// child must not be given what its parent had there.
+/// What is special about an area.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mark {
+    /// CRIU does not restore it lazily: locked, or of huge pages (`vma_entry_can_be_lazy` in criu/include/vma.h, 4.2). Its
+    /// pages must be in place before the task runs.
+    AtOnce,
+    /// CRIU saves it itself: droppable memory, a shadow stack, a device's memory. And what a fork wipes: a child must not
+    /// be given what its parent had there.
+    Criu,
+}
+
+/// The areas of a task that have a mark, in order.
 ///
 /// Reads the whole page tables: some 15 ms for each GiB.
-pub fn special(pid: i32) -> io::Result<Vec<Area>> {
-    const FLAGS: [&str; 5] = ["lo", "ht", "dp", "ss", "wf"];
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+pub fn marks(pid: i32) -> io::Result<Vec<(Area, Mark)>> {
+    Ok(parse_marks(&std::fs::read_to_string(format!("/proc/{pid}/smaps"))?))
+}
+
+fn parse_marks(text: &str) -> Vec<(Area, Mark)> {
+    const CRIU: [&str; 6] = ["dp", "ss", "wf", "io", "pf", "mm"];
+    const AT_ONCE: [&str; 2] = ["lo", "ht"];
     let mut current = None;
     let mut found = Vec::new();
     for line in text.lines() {
         if let Some(flags) = line.strip_prefix("VmFlags:") {
-            if flags.split_ascii_whitespace().any(|flag| FLAGS.contains(&flag)) {
-                found.extend(current.take());
-            }
+            let has = |wanted: &[&str]| flags.split_ascii_whitespace().any(|flag| wanted.contains(&flag));
+            let mark = if has(&CRIU) { Some(Mark::Criu) } else { has(&AT_ONCE).then_some(Mark::AtOnce) };
+            found.extend(current.take().zip(mark));
         } else if let Some(area) = line.split(' ').next().and_then(range_of) {
             current = Some(area);
         }
     }
-    Ok(found)
+    found
 }
 
 /// A figure of `/proc/<pid>/status` that is given in kB, in bytes; 0 if there is none.
@@ -89,18 +113,6 @@ pub fn intersection(one: &[Area], other: &[Area]) -> Vec<Area> {
         }
     }
     both
-}
-
-/// The id a task has inside its container: CRIU's images and its lazy pages go by that. `init` is the container's first
-/// task, whose level of PID namespaces counts.
-pub fn inner_pid(pid: i32, init: i32) -> Option<u32> {
-    let ids = |pid: i32| {
-        let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        let line = text.lines().find_map(|line| line.strip_prefix("NSpid:"))?.to_owned();
-        Some(line.split_ascii_whitespace().filter_map(|id| id.parse::<u32>().ok()).collect::<Vec<_>>())
-    };
-    let level = ids(init)?.len().checked_sub(1)?;
-    ids(pid)?.get(level).copied()
 }
 
 /// Pages of a stopped task that must be there before it runs again. Those that hold its threads' stack pointers: CRIU's
@@ -146,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_private_anonymous_areas_are_taken() {
+    fn only_private_areas_are_taken() {
         let anonymous = [
             "7f0000000000-7f0000001000 rw-p 00000000 00:00 0 ",
             "7f0000000000-7f0000001000 ---p 00000000 00:00 0",
@@ -154,12 +166,16 @@ mod tests {
             "7f0000000000-7f0000001000 rw-p 00000000 00:00 0                          [stack]",
             "7f0000000000-7f0000001000 rw-p 00000000 00:00 0                          [anon: glibc: malloc]",
         ];
+        let area = 0x7f00_0000_0000..0x7f00_0000_1000u64;
         for line in anonymous {
-            assert_eq!(parse(line), Some(0x7f00_0000_0000..0x7f00_0000_1000), "{line}");
+            let is_writable = line.contains("rw");
+            assert_eq!(parse(line), Some(Private { area: area.clone(), is_file: false, is_writable }), "{line}");
         }
+        let file = "7f0000000000-7f0000001000 r-xp 00000000 fe:00 55 /usr/bin/x";
+        assert_eq!(parse(file), Some(Private { area, is_file: true, is_writable: false }));
         let others = [
             "7f0000000000-7f0000001000 rw-s 00000000 00:01 1024 /dev/zero (deleted)",
-            "7f0000000000-7f0000001000 r-xp 00000000 fe:00 55 /usr/bin/x",
+            "7f0000000000-7f0000001000 rw-s 00000000 fe:00 55 /usr/bin/x",
             "7f0000000000-7f0000001000 r-xp 00000000 00:00 0 [vdso]",
             "7f0000000000-7f0000001000 r--p 00000000 00:00 0 [vvar]",
             "nonsense",
@@ -167,6 +183,14 @@ mod tests {
         for line in others {
             assert_eq!(parse(line), None, "{line}");
         }
+    }
+
+    #[test]
+    fn areas_are_marked_by_their_flags() {
+        let text = "1000-2000 rw-p 00000000 00:00 0 \nRss: 4 kB\nVmFlags: rd wr mr mw me ac sd \n\
+                    2000-3000 rw-p 00000000 00:00 0 \nVmFlags: rd wr lo ac \n\
+                    3000-4000 rw-p 00000000 00:00 0 \nVmFlags: rd wr lo wf \n";
+        assert_eq!(parse_marks(text), [(0x2000..0x3000, Mark::AtOnce), (0x3000..0x4000, Mark::Criu)]);
     }
 
     #[test]
@@ -180,7 +204,7 @@ mod tests {
         let pid = std::process::id().cast_signed();
         let here = 0u8;
         let address = &raw const here as u64;
-        let areas = private_anonymous(pid).expect("readable");
+        let areas: Vec<Area> = private(pid).expect("readable").into_iter().map(|private| private.area).collect();
         assert!(areas.iter().any(|area| area.contains(&address)));
         let stat = std::fs::read_to_string("/proc/self/stat").expect("readable");
         let arguments = argument_pages(&stat);

@@ -129,7 +129,7 @@ pub enum Step {
 
 /// What the last round found.
 pub struct LastRound {
-    frozen: Frozen,
+    frozen: Vec<Frozen>,
     hidden: Vec<Hidden>,
 }
 
@@ -306,9 +306,11 @@ impl Precopy {
     pub async fn send_last(&mut self, last: &LastRound) -> Result<Round, MemoryError> {
         self.link.hurry();
         let (start, wire_before) = (Instant::now(), self.link.wire_bytes());
-        let pumped = self.pump(last.frozen.written.clone(), Tasks::Frozen).await?;
-        let (content, frames) = (last.frozen.content.clone(), self.link.frames());
-        let finished = tokio::task::spawn_blocking(move || Pump::finish(&content, &frames).map(|()| Pumped::default()));
+        let written =
+            |frozen: &Frozen| SpacePages { pid: frozen.pid, space: frozen.space, ranges: frozen.written.clone() };
+        let pumped = self.pump(last.frozen.iter().map(written).collect(), Tasks::Frozen).await?;
+        let (frozen, frames) = (last.frozen.clone(), self.link.frames());
+        let finished = tokio::task::spawn_blocking(move || Pump::finish(&frozen, &frames).map(|()| Pumped::default()));
         self.pumped(finished.await.map_err(|_| MemoryError::Panicked)?).await?;
         self.link.settle().await?;
         Ok(self.report(&pumped, start.elapsed(), wire_before))

@@ -13,7 +13,7 @@ use thiserror::Error;
 use tokio::sync::mpsc;
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::tracker::SpacePages;
+use super::tracker::{Frozen, SpacePages};
 
 const PAGE_BYTES: usize = PAGE as usize;
 /// Contents remembered for finding equal pages: 4 GiB of different pages, at some 50 bytes each. What comes after is sent
@@ -204,7 +204,7 @@ impl Pump {
     }
 
     /// Tells which pages count in the end, and that this is the end.
-    pub fn finish(content: &[SpacePages], frames: &mpsc::Sender<Frame>) -> Result<(), PumpError> {
+    pub fn finish(tasks: &[Frozen], frames: &mpsc::Sender<Frame>) -> Result<(), PumpError> {
         let frame = |kind, space, records: Vec<Record>| Frame {
             kind,
             space,
@@ -214,19 +214,20 @@ impl Pump {
             raw: 0,
             packed: false,
         };
-        for space in content {
-            let records: Vec<Record> = space
-                .ranges
-                .iter()
-                .flat_map(|range| {
-                    // A count has 32 bits.
-                    let (first, end) = (range.start / PAGE, range.end / PAGE);
-                    (first..end).step_by(1 << 30).map(move |page| (page, (end - page).min(1 << 30) as u32))
-                })
-                .map(|(page, count)| Record { page, count, what: What::Content })
-                .collect();
-            for records in records.chunks(MAX_RECORDS) {
-                send(frames, frame(Kind::Content, space.space, records.to_vec()))?;
+        for task in tasks {
+            for (ranges, what) in [(&task.later, What::Content), (&task.at_once, What::AtOnce)] {
+                let records: Vec<Record> = ranges
+                    .iter()
+                    .flat_map(|range| {
+                        // A count has 32 bits.
+                        let (first, end) = (range.start / PAGE, range.end / PAGE);
+                        (first..end).step_by(1 << 30).map(move |page| (page, (end - page).min(1 << 30) as u32))
+                    })
+                    .map(|(page, count)| Record { page, count, what })
+                    .collect();
+                for records in records.chunks(MAX_RECORDS) {
+                    send(frames, frame(Kind::Content, task.space, records.to_vec()))?;
+                }
             }
         }
         send(frames, frame(Kind::End, 0, Vec::new())).map(drop)

@@ -5,6 +5,8 @@
 //! a protected page costs the task about 1 µs. Areas are read anew in every round: one that is not registered yet, because
 //! it is new, moved, or of a task that forked or executed another program, counts as written from end to end.
 //!
+//! Followed are private areas: anonymous memory, and what tasks wrote into private mappings of files.
+//!
 //! When the tracker is dropped, so are its descriptors, and with them the kernel forgets: nothing stays in the container.
 
 use std::collections::BTreeMap;
@@ -13,13 +15,14 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use longhaul_common::sys::memory::{Scan, begin_write_tracking, register_write_tracking, scan};
+use longhaul_common::sys::memory::{Backing, Scan, begin_write_tracking, register_write_tracking, scan};
 use longhaul_common::sys::share_memory;
+use longhaul_common::tasks::inner_pid;
 use nix::libc;
 use thiserror::Error;
 
 use super::inject::{InjectError, userfaultfd_of};
-use super::maps::{Area, has_direct_io, inner_pid, intersection, private_anonymous, special, status_bytes};
+use super::maps::{Area, Mark, Private, has_direct_io, intersection, marks, private, status_bytes};
 
 /// Memory that can't be tracked.
 #[derive(Debug, Error)]
@@ -64,15 +67,21 @@ impl SpacePages {
     }
 }
 
-/// The memory of a frozen container.
-#[derive(Debug, Clone, Default)]
+/// The memory of a task of a frozen container.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Frozen {
+    /// The task, as this host numbers it.
+    pub pid: i32,
+    /// The task, as the container numbers it.
+    pub space: u32,
     /// Written since the last round.
-    pub written: Vec<SpacePages>,
+    pub written: Vec<Area>,
     /// Areas the tracker has followed; everything else is CRIU's to save.
-    pub followed: Vec<SpacePages>,
-    /// The pages in those areas that have content.
-    pub content: Vec<SpacePages>,
+    pub followed: Vec<Area>,
+    /// The pages in those areas that have content and may come after the task runs again, in order.
+    pub later: Vec<Area>,
+    /// Those that must be in place before, in order.
+    pub at_once: Vec<Area>,
 }
 
 /// Finds out what was written. A round is a transaction: what [`take`](Self::take) reported and was not sent is given
@@ -85,7 +94,7 @@ pub trait Tracker: Send {
     /// Gives back what was taken.
     fn put_back(&mut self, pages: Vec<SpacePages>);
     /// What was written since the last call, and what there is, once all tasks are frozen.
-    fn look_frozen(&mut self, tasks: &[i32]) -> Result<Frozen, TrackError>;
+    fn look_frozen(&mut self, tasks: &[i32]) -> Result<Vec<Frozen>, TrackError>;
     /// The longest that tracking has stopped a thread of the container.
     fn longest_stop(&self) -> Duration;
 }
@@ -102,8 +111,29 @@ pub struct WriteProtect {
 struct Space {
     uffd: OwnedFd,
     number: u32,
-    /// Areas that are CRIU's to save.
-    excluded: Vec<Area>,
+    /// Areas that are special, and how much was locked when they were looked at.
+    marks: Vec<(Area, Mark)>,
+    locked_bytes: u64,
+}
+
+impl Space {
+    fn look_at_marks(&mut self, pid: i32) -> io::Result<()> {
+        self.locked_bytes = locked_bytes(pid);
+        self.marks = marks(pid)?;
+        Ok(())
+    }
+
+    fn mark(&self, area: &Area) -> Option<Mark> {
+        self.marks.iter().find(|(marked, _)| marked == area).map(|(_, mark)| *mark)
+    }
+}
+
+fn locked_bytes(pid: i32) -> u64 {
+    status_bytes(pid, "VmLck")
+}
+
+fn backing(private: &Private) -> Backing {
+    if private.is_file { Backing::File } else { Backing::Zeroes }
 }
 
 impl WriteProtect {
@@ -120,7 +150,7 @@ impl WriteProtect {
             _ => TrackError::Look { pid, source: error },
         })?;
         let number = inner_pid(pid, self.init).ok_or(InjectError::Gone(pid))?;
-        Ok(Space { uffd, number, excluded: Vec::new() })
+        Ok(Space { uffd, number, marks: Vec::new(), locked_bytes: 0 })
     }
 
     /// Whether a task uses the address space of another: between vfork and exec, that of its parent. What it writes there is
@@ -174,23 +204,24 @@ impl Followed {
 /// Takes what was written in every area of a task, and registers those that are new.
 fn follow(space: &mut Space, pid: i32, ranges: &mut Vec<Area>) -> Result<(), Followed> {
     let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(Followed::Failed)?;
-    let areas = private_anonymous(pid).map_err(Followed::Failed)?;
     let mut looked = false;
-    for area in areas {
+    for private in private(pid).map_err(Followed::Failed)? {
         let before = ranges.len();
-        match scan(&pagemap, area.start, area.end, Scan::TakeWritten, |start, end| ranges.push(start..end)) {
+        match written(&pagemap, &private, Scan::TakeWritten, ranges) {
             Ok(()) => continue,
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => ranges.truncate(before),
             Err(error) => return Err(Followed::Failed(error)),
         }
-        if space.excluded.contains(&area) {
+        // Most of a program's mappings are code that nobody writes. Until that changes, CRIU has nothing to save of them.
+        if private.is_file && !private.is_writable && !has_content(&pagemap, &private).map_err(Followed::Failed)? {
             continue;
         }
-        if !looked {
+        let area = &private.area;
+        if !looked && space.mark(area).is_none() {
             looked = true;
-            space.excluded = special(pid).map_err(Followed::Failed)?;
+            space.look_at_marks(pid).map_err(Followed::Failed)?;
         }
-        if space.excluded.contains(&area) {
+        if space.mark(area) == Some(Mark::Criu) {
             continue;
         }
         match register_write_tracking(space.uffd.as_fd(), area.start, area.end) {
@@ -204,11 +235,29 @@ fn follow(space: &mut Space, pid: i32, ranges: &mut Vec<Area>) -> Result<(), Fol
         }
         // Protected first and read then: what is written in between counts as written in the next round, too. All content
         // counts, also where the scan above had taken a part of it before it failed.
-        let _ = scan(&pagemap, area.start, area.end, Scan::TakeWritten, |_, _| {});
-        scan(&pagemap, area.start, area.end, Scan::Content, |start, end| ranges.push(start..end))
-            .map_err(Followed::Failed)?;
+        let _ = written(&pagemap, &private, Scan::TakeWritten, &mut Vec::new());
+        look(&pagemap, &private, Scan::Content, ranges).map_err(Followed::Failed)?;
     }
     Ok(())
+}
+
+fn look(pagemap: &File, private: &Private, what: Scan, ranges: &mut Vec<Area>) -> io::Result<()> {
+    let Area { start, end } = private.area;
+    scan(pagemap, (start, end), backing(private), what, |start, end| ranges.push(start..end))
+}
+
+fn has_content(pagemap: &File, private: &Private) -> io::Result<bool> {
+    let mut found = Vec::new();
+    look(pagemap, private, Scan::Content, &mut found)?;
+    Ok(!found.is_empty())
+}
+
+/// What was written in an area, by a scan for that. Where the task gave up pages of a file's mapping (`MADV_DONTNEED`), the
+/// kernel leaves markers in their place (`pte_install_uffd_wp_if_needed` in mm/memory.c), which look like swapped pages that
+/// nobody has written: what is there now is the file's content, and must be looked at again.
+fn written(pagemap: &File, private: &Private, what: Scan, ranges: &mut Vec<Area>) -> io::Result<()> {
+    look(pagemap, private, what, ranges)?;
+    if private.is_file { look(pagemap, private, Scan::Swapped, ranges) } else { Ok(()) }
 }
 
 impl Tracker for WriteProtect {
@@ -241,52 +290,50 @@ impl Tracker for WriteProtect {
         self.owed.extend(pages);
     }
 
-    fn look_frozen(&mut self, tasks: &[i32]) -> Result<Frozen, TrackError> {
-        let mut frozen = Frozen::default();
+    fn look_frozen(&mut self, tasks: &[i32]) -> Result<Vec<Frozen>, TrackError> {
         let owed = std::mem::take(&mut self.owed);
+        let mut all = Vec::new();
         for &pid in tasks {
-            let Some(space) = self.spaces.get(&pid).filter(|_| !has_direct_io(pid)) else { continue };
-            let look = |source| TrackError::Look { pid, source };
-            let empty = || SpacePages { pid, space: space.number, ranges: Vec::new() };
-            let (mut written, mut followed, mut content) = (empty(), empty(), empty());
-            let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(look)?;
-            // Locked since it was looked at: such an area must be CRIU's, which would not restore it lazily.
-            let locked = if status_bytes(pid, "VmLck") == 0 { Vec::new() } else { special(pid).map_err(look)? };
-            for area in private_anonymous(pid).map_err(look)? {
-                if locked.contains(&area) {
-                    continue;
-                }
-                let before = written.ranges.len();
-                let found = scan(&pagemap, area.start, area.end, Scan::Written, |start, end| {
-                    written.ranges.push(start..end);
-                });
-                match found {
-                    Ok(()) => {}
-                    // New since the last round: CRIU's.
-                    Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
-                        written.ranges.truncate(before);
-                        continue;
-                    }
-                    Err(error) => return Err(look(error)),
-                }
-                scan(&pagemap, area.start, area.end, Scan::Content, |start, end| content.ranges.push(start..end))
-                    .map_err(look)?;
-                followed.ranges.push(area);
-            }
+            let Some(space) = self.spaces.get_mut(&pid).filter(|_| !has_direct_io(pid)) else { continue };
+            let mut frozen = look_at(space, pid).map_err(|source| TrackError::Look { pid, source })?;
             // What is owed and has no content any more is owed no more.
             for owed in owed.iter().filter(|owed| owed.space == space.number) {
-                written.ranges.extend(intersection(&owed.ranges, &content.ranges));
+                frozen.written.extend(intersection(&owed.ranges, &frozen.later));
+                frozen.written.extend(intersection(&owed.ranges, &frozen.at_once));
             }
-            frozen.written.push(written);
-            frozen.followed.push(followed);
-            frozen.content.push(content);
+            all.push(frozen);
         }
-        Ok(frozen)
+        Ok(all)
     }
 
     fn longest_stop(&self) -> Duration {
         self.longest_stop
     }
+}
+
+fn look_at(space: &mut Space, pid: i32) -> io::Result<Frozen> {
+    let mut frozen = Frozen { pid, space: space.number, ..Frozen::default() };
+    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+    if locked_bytes(pid) != space.locked_bytes {
+        space.look_at_marks(pid)?;
+    }
+    for private in private(pid)? {
+        let before = frozen.written.len();
+        match written(&pagemap, &private, Scan::Written, &mut frozen.written) {
+            Ok(()) => {}
+            // New since the last round: CRIU's.
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                frozen.written.truncate(before);
+                continue;
+            }
+            Err(error) => return Err(error),
+        }
+        let at_once = private.is_file || space.mark(&private.area).is_some();
+        let content = if at_once { &mut frozen.at_once } else { &mut frozen.later };
+        look(&pagemap, &private, Scan::Content, content)?;
+        frozen.followed.push(private.area);
+    }
+    Ok(frozen)
 }
 
 fn is_gone(error: &io::Error) -> bool {
