@@ -13,6 +13,8 @@
 //!    │── End{sequence} ──────────────────────▶│
 //! ```
 //!
+//! A migration may have several, its streams, which carry different pages. Content goes over the first.
+//!
 //! A frame is a header of 40 bytes, its records of 32 bytes each, and its payload. All numbers are little-endian.
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,6 +29,8 @@ use crate::sys::memory::PAGE;
 pub const ALPN: &[u8] = b"longhaul-pages/1";
 /// The most pages whose content one frame carries: 1 MiB, which a core encrypts in half a millisecond.
 pub const MAX_PAGES: usize = 256;
+/// The most page connections of one migration.
+pub const MAX_STREAMS: u32 = 8;
 /// The most records of one frame.
 pub const MAX_RECORDS: usize = 4096;
 /// A header's bytes.
@@ -120,7 +124,7 @@ pub struct Header {
     pub payload: u32,
     /// Bytes of the payload unpacked.
     pub raw: u32,
-    /// The address space: the container's own number of its task.
+    /// The address space: the container's own number of its task. Of an end: how many streams there are.
     pub space: u32,
     /// Counted from 1.
     pub sequence: u64,

@@ -26,7 +26,7 @@ use tracing::Instrument;
 
 use crate::image_entries::EntriesError;
 use crate::images::{ImageError, ImageWriter};
-use crate::memory::receive::{Memory, ReceiveError, SharedMemory, close, finish, stored_bytes};
+use crate::memory::receive::{Memory, ReceiveError};
 use crate::memory::store::PageStore;
 use crate::one_file::{OneFile, OneFileError};
 use crate::pagemap::restore_from_images;
@@ -171,7 +171,7 @@ struct Writers {
     targets: Vec<Option<Target>>,
     images_dir: PathBuf,
     images_arrived: Option<u64>,
-    memory: Option<SharedMemory>,
+    memory: Option<Arc<Memory>>,
 }
 
 /// Writes what is pushed: a tree, or a file in place.
@@ -332,7 +332,7 @@ impl Arrival {
             if pages {
                 restore_from_images(&staging.images())?;
                 let memory = memory.ok_or(ReceiveError::NotDue)?;
-                stored = finish(&memory)?;
+                stored = memory.finish()?;
             }
             let start = Instant::now();
             staging.mount_root(&self.container)?;
@@ -528,7 +528,7 @@ impl Arrival {
     }
 
     /// Where pages go.
-    pub fn memory(&self) -> Result<SharedMemory, ArrivalError> {
+    pub fn memory(&self) -> Result<Arc<Memory>, ArrivalError> {
         let writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         writers.memory.clone().filter(|_| writers.open).ok_or(ReceiveError::NotDue.into())
     }
@@ -536,17 +536,17 @@ impl Arrival {
     /// Bytes set aside for memory that have not arrived yet.
     pub fn outstanding_bytes(&self) -> u64 {
         let writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let stored = writers.memory.as_ref().map_or(0, stored_bytes);
+        let stored = writers.memory.as_ref().map_or(0, |memory| memory.stored_bytes());
         self.container.memory_bytes.saturating_sub(stored)
     }
 
     /// Nothing more may be pushed; how many images have arrived, and the memory.
-    fn close_writers(&self) -> (Option<u64>, Option<SharedMemory>) {
+    fn close_writers(&self) -> (Option<u64>, Option<Arc<Memory>>) {
         let mut writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         writers.open = false;
         writers.trees.clear();
         if let Some(memory) = &writers.memory {
-            close(memory);
+            memory.close();
         }
         (writers.images_arrived, writers.memory.take())
     }

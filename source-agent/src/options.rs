@@ -19,6 +19,8 @@ pub struct Options {
     pub timeout_action: TimeoutAction,
     /// Bytes a second that memory may take while the container runs.
     pub bandwidth: Option<u64>,
+    /// Connections for memory.
+    pub streams: Option<u32>,
     /// The downtime wanted.
     pub max_downtime: Option<Duration>,
     /// The most rounds of pre-copy.
@@ -107,6 +109,7 @@ impl From<agent::Options> for Options {
             timeout: (wire.timeout_ms > 0).then(|| Duration::from_millis(wire.timeout_ms)),
             timeout_action: if wire.freeze_at_timeout { TimeoutAction::Freeze } else { TimeoutAction::Abort },
             bandwidth: (wire.bandwidth > 0).then_some(wire.bandwidth),
+            streams: (wire.streams > 0).then_some(wire.streams),
             max_downtime: (wire.max_downtime_ms > 0).then(|| Duration::from_millis(wire.max_downtime_ms)),
             max_rounds: (wire.max_rounds > 0).then_some(wire.max_rounds),
             eager: wire.eager,
@@ -132,6 +135,7 @@ impl From<Options> for agent::Options {
             timeout_ms: options.timeout.map_or(0, whole_millis),
             freeze_at_timeout: options.timeout_action == TimeoutAction::Freeze,
             bandwidth: options.bandwidth.unwrap_or(0),
+            streams: options.streams.unwrap_or(0),
             max_downtime_ms: options.max_downtime.map_or(0, whole_millis),
             max_rounds: options.max_rounds.unwrap_or(0),
             eager: options.eager,

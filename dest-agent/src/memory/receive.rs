@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use longhaul_common::pages::{
-    Buffers, FrameError, HEADER, HELLO, Header, Hello, Kind, MAX_TEXT, RECORD, Record, Reply, What, checksum,
-    decode_records,
+    Buffers, FrameError, HEADER, HELLO, Header, Hello, Kind, MAX_STREAMS, MAX_TEXT, RECORD, Record, Reply, What,
+    checksum, decode_records,
 };
 use longhaul_common::tls::TlsConnection;
 use thiserror::Error;
@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
 
 use super::index::Due;
-use super::store::{PageStore, StoreError};
+use super::store::{PageStore, StoreError, Writes};
 
 /// Frames between the connection and the thread that stores them: one to decrypt, one to store, and two for their
 /// differences in pace.
@@ -26,8 +26,6 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// Ranges of content in one address space: a container with more areas than the kernel's limit
 /// (vm.max_map_count, 65,530) times the holes in them.
 const MAX_RANGES: usize = 16 << 20;
-/// Page connections of one migration at a time.
-const MAX_STREAMS: u32 = 8;
 
 /// Pages that can't be taken.
 #[derive(Debug, Error)]
@@ -66,44 +64,102 @@ pub enum ReceiveError {
     NotDue,
 }
 
-/// The memory of one arriving container.
+/// The memory of one arriving container, shared by its page connections and the migration's steps.
 #[derive(Debug)]
 pub struct Memory {
-    /// Nothing once the migration has ended.
-    store: Option<PageStore>,
-    /// The last frame stored, by stream.
-    last: HashMap<u32, u64>,
-    content: HashMap<(u32, Due), Vec<Range<u64>>>,
-    ranges: usize,
-    /// The pages that count, once all of them are here and the indexes are written.
-    arrived: Option<u64>,
-    /// Which connection each stream has: the latest.
-    connections: HashMap<u32, u64>,
+    shared: Mutex<Shared>,
+    /// Each is held while a frame of the stream is stored: a connection that was replaced must not store late.
+    streams: [Mutex<Stream>; MAX_STREAMS as usize],
 }
 
-/// Shared by the page connections and the migration's steps.
-pub type SharedMemory = Arc<Mutex<Memory>>;
+/// What all streams share.
+#[derive(Debug)]
+struct Shared {
+    /// Nothing once the migration has ended.
+    store: Option<PageStore>,
+    content: HashMap<(u32, Due), Vec<Range<u64>>>,
+    ranges: usize,
+    /// Streams that have said that this is all.
+    ended: u32,
+    /// The pages that count, once all of them are here and the indexes are written.
+    arrived: Option<u64>,
+}
+
+/// One of the streams, over however many connections.
+#[derive(Debug, Default)]
+struct Stream {
+    /// The last frame stored.
+    last: u64,
+    /// The latest connection.
+    connection: u64,
+}
+
+impl Stream {
+    /// Whether a frame is to be stored: not if it is, and was sent again over a new connection while it was on its way
+    /// from the old one.
+    fn is_due(&self, connection: u64, sequence: u64) -> Result<bool, ReceiveError> {
+        if self.connection != connection {
+            return Err(ReceiveError::Replaced);
+        }
+        if sequence > self.last + 1 {
+            return Err(ReceiveError::Order { got: sequence, expected: self.last + 1 });
+        }
+        Ok(sequence == self.last + 1)
+    }
+}
 
 impl Memory {
     /// Into a store that is empty.
-    pub fn new(store: PageStore) -> SharedMemory {
-        Arc::new(Mutex::new(Self {
-            store: Some(store),
-            last: HashMap::new(),
-            content: HashMap::new(),
-            ranges: 0,
-            arrived: None,
-            connections: HashMap::new(),
-        }))
+    pub fn new(store: PageStore) -> Arc<Self> {
+        let shared = Shared { store: Some(store), content: HashMap::new(), ranges: 0, ended: 0, arrived: None };
+        Arc::new(Self { shared: Mutex::new(shared), streams: std::array::from_fn(|_| Mutex::default()) })
+    }
+
+    fn stream(&self, number: u32) -> Result<MutexGuard<'_, Stream>, ReceiveError> {
+        let stream = self.streams.get(number as usize).ok_or(ReceiveError::Stream(number))?;
+        Ok(stream.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn shared(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A new connection takes the place of the one before; its number, and the last frame that is stored.
-    fn connect(&mut self, stream: u32) -> (u64, u64) {
-        let number = self.connections.entry(stream).or_default();
-        *number += 1;
-        (*number, self.last.get(&stream).copied().unwrap_or(0))
+    fn connect(&self, stream: u32) -> Result<(u64, u64), ReceiveError> {
+        let mut stream = self.stream(stream)?;
+        stream.connection += 1;
+        Ok((stream.connection, stream.last))
     }
 
+    fn apply(&self, stream: u32, connection: u64, frame: &Frame) -> Result<(), ReceiveError> {
+        let mut stream = self.stream(stream)?;
+        if !stream.is_due(connection, frame.header.sequence)? {
+            return Ok(());
+        }
+        // Contents are written while other streams may use the store: no other stream has these pages.
+        let writes = self.shared().apply(frame)?;
+        writes.write(&frame.data)?;
+        stream.last = frame.header.sequence;
+        Ok(())
+    }
+
+    /// How many pages count, if all of them are here.
+    pub fn finish(&self) -> Result<u64, ReceiveError> {
+        self.shared().arrived.ok_or(ReceiveError::NotDue)
+    }
+
+    /// Bytes that lie in the store.
+    pub fn stored_bytes(&self) -> u64 {
+        self.shared().store.as_ref().map_or(0, PageStore::bytes)
+    }
+
+    /// Takes no more, and lets the store go: what it wrote stays, if it is not removed.
+    pub fn close(&self) {
+        self.shared().store = None;
+    }
+}
+
+impl Shared {
     /// Writes the indexes. Nothing may be missing.
     fn write_indexes(&self) -> Result<u64, ReceiveError> {
         let store = self.store.as_ref().ok_or(ReceiveError::NotDue)?;
@@ -114,58 +170,41 @@ impl Memory {
         Ok(pages)
     }
 
-    fn apply(&mut self, stream: u32, connection: u64, frame: &Frame) -> Result<(), ReceiveError> {
-        if self.connections.get(&stream) != Some(&connection) {
-            return Err(ReceiveError::Replaced);
-        }
-        let last = self.last.get(&stream).copied().unwrap_or(0);
-        if frame.header.sequence <= last {
-            // Sent again over a new connection, while it was on its way from the old one into the store.
-            return Ok(());
-        }
-        if frame.header.sequence != last + 1 {
-            return Err(ReceiveError::Order { got: frame.header.sequence, expected: last + 1 });
-        }
+    /// Takes a frame in; what is to be written of its content.
+    fn apply(&mut self, frame: &Frame) -> Result<Writes, ReceiveError> {
         let store = self.store.as_mut().filter(|_| self.arrived.is_none()).ok_or(ReceiveError::NotDue)?;
         let space = frame.header.space;
         match frame.header.kind {
-            Kind::Batch => store.apply(space, &frame.records, &frame.data)?,
-            Kind::Content => {
-                self.ranges += frame.records.len();
-                if self.ranges > MAX_RANGES || frame.records.is_empty() {
-                    return Err(ReceiveError::TooMany);
-                }
-                for record in &frame.records {
-                    let due = if record.what == What::AtOnce { Due::AtOnce } else { Due::Later };
-                    let content = self.content.entry((space, due)).or_default();
-                    let range = record.page..record.page + u64::from(record.count);
-                    if content.last().is_some_and(|last| last.end > range.start) {
-                        return Err(ReceiveError::Unsorted);
-                    }
-                    content.push(range);
+            Kind::Batch => return Ok(store.apply(space, &frame.records)?),
+            Kind::Content => self.add_content(space, &frame.records)?,
+            Kind::End => {
+                // Said by each stream; content came over the first, before its end.
+                self.ended += 1;
+                if self.ended >= space {
+                    // At once: the restore must not wait for it.
+                    self.arrived = Some(self.write_indexes()?);
                 }
             }
-            // At once: the restore must not wait for it.
-            Kind::End => self.arrived = Some(self.write_indexes()?),
         }
-        self.last.insert(stream, frame.header.sequence);
+        Ok(Writes::none())
+    }
+
+    fn add_content(&mut self, space: u32, records: &[Record]) -> Result<(), ReceiveError> {
+        self.ranges += records.len();
+        if self.ranges > MAX_RANGES || records.is_empty() {
+            return Err(ReceiveError::TooMany);
+        }
+        for record in records {
+            let due = if record.what == What::AtOnce { Due::AtOnce } else { Due::Later };
+            let content = self.content.entry((space, due)).or_default();
+            let range = record.page..record.page + u64::from(record.count);
+            if content.last().is_some_and(|last| last.end > range.start) {
+                return Err(ReceiveError::Unsorted);
+            }
+            content.push(range);
+        }
         Ok(())
     }
-}
-
-/// How many pages count, if all of them are here.
-pub fn finish(memory: &SharedMemory) -> Result<u64, ReceiveError> {
-    lock(memory).arrived.ok_or(ReceiveError::NotDue)
-}
-
-/// Bytes that lie in the store.
-pub fn stored_bytes(memory: &SharedMemory) -> u64 {
-    lock(memory).store.as_ref().map_or(0, PageStore::bytes)
-}
-
-/// Takes no more, and lets the store go: what it wrote stays, if it is not removed.
-pub fn close(memory: &SharedMemory) {
-    lock(memory).store = None;
 }
 
 struct Frame {
@@ -194,12 +233,9 @@ pub async fn refuse(connection: &mut (impl AsyncWriteExt + Unpin), reason: &str)
 }
 
 /// Stores what comes over one connection, until it ends.
-pub async fn receive(connection: TlsConnection, stream: u32, memory: SharedMemory) -> Result<(), ReceiveError> {
-    if stream >= MAX_STREAMS {
-        return Err(ReceiveError::Stream(stream));
-    }
+pub async fn receive(connection: TlsConnection, stream: u32, memory: Arc<Memory>) -> Result<(), ReceiveError> {
     let (reader, mut writer) = tokio::io::split(connection);
-    let (number, last) = lock(&memory).connect(stream);
+    let (number, last) = memory.connect(stream)?;
     writer.write_all(&Reply::Ack(last).encode()).await?;
     writer.flush().await?;
     let (frames, mut received) = mpsc::channel::<(Header, Vec<u8>, Vec<u8>)>(QUEUE);
@@ -209,7 +245,7 @@ pub async fn receive(connection: TlsConnection, stream: u32, memory: SharedMemor
     let stored = tokio::task::spawn_blocking(move || {
         while let Some((header, records, payload)) = received.blocking_recv() {
             let frame = check(header, &records, payload)?;
-            lock(&memory).apply(stream, number, &frame)?;
+            memory.apply(stream, number, &frame)?;
             used.give(frame.data);
             if acks.blocking_send(frame.header.sequence).is_err() {
                 break;
@@ -225,10 +261,6 @@ pub async fn receive(connection: TlsConnection, stream: u32, memory: SharedMemor
         refuse(&mut writer, &longhaul_common::chain(error)).await;
     }
     stored.and(written)
-}
-
-fn lock(memory: &SharedMemory) -> std::sync::MutexGuard<'_, Memory> {
-    memory.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 async fn read_frames(

@@ -11,6 +11,7 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use longhaul_common::pages::{Record, What};
 use longhaul_common::sys::memory::PAGE;
@@ -68,11 +69,49 @@ pub enum StoreError {
 /// Tables of one address space, by page number divided by [`TABLE`].
 type Space = BTreeMap<u64, Box<[u32; TABLE as usize]>>;
 
+/// The slots for a batch's content, in its order.
+#[derive(Debug)]
+#[must_use = "content that is not written is lost"]
+pub struct Writes {
+    to: Option<(Arc<File>, PathBuf)>,
+    /// First slots, and how many follow.
+    runs: Vec<(u32, usize)>,
+}
+
+impl Writes {
+    /// Nothing.
+    pub fn none() -> Self {
+        Self { to: None, runs: Vec::new() }
+    }
+
+    fn add(&mut self, slot: u32) {
+        match self.runs.last_mut() {
+            Some((first, count)) if slot as usize == *first as usize + *count => *count += 1,
+            _ => self.runs.push((slot, 1)),
+        }
+    }
+
+    /// Writes the content, with one write for each run of consecutive slots.
+    pub fn write(self, mut data: &[u8]) -> Result<(), StoreError> {
+        let Some((file, path)) = self.to else { return Ok(()) };
+        for (slot, count) in self.runs {
+            let (own, rest) = data.split_at_checked(count * PAGE_BYTES).unwrap_or((data, &[]));
+            data = rest;
+            file.write_all_at(own, u64::from(slot) * PAGE).map_err(|source| StoreError::File {
+                operation: "write to",
+                path: path.clone(),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct PageStore {
     dir: PathBuf,
-    file: File,
+    file: Arc<File>,
     /// How many pages use each slot.
     uses: Vec<u32>,
     free: Vec<u32>,
@@ -103,7 +142,7 @@ impl PageStore {
         let most = usize::try_from(bytes / PAGE).unwrap_or(usize::MAX).min(SHARED as usize - 1);
         Ok(Self {
             dir: dir.to_owned(),
-            file,
+            file: Arc::new(file),
             uses: Vec::new(),
             free: Vec::new(),
             most,
@@ -117,14 +156,15 @@ impl PageStore {
         (self.uses.len() - self.free.len()) as u64 * PAGE
     }
 
-    /// Takes a batch: records and the content that follows them.
-    pub fn apply(&mut self, space: u32, records: &[Record], mut data: &[u8]) -> Result<(), StoreError> {
+    /// Takes a batch's records; where its content is to be written. Until that is done the store must not be read.
+    pub fn apply(&mut self, space: u32, records: &[Record]) -> Result<Writes, StoreError> {
+        let mut writes = Writes { to: Some((self.file.clone(), self.dir.join(SLOTS))), runs: Vec::new() };
         for record in records {
             match record.what {
                 What::Data => {
-                    let (own, rest) = data.split_at_checked(record.count as usize * PAGE_BYTES).unwrap_or((data, &[]));
-                    data = rest;
-                    self.put(space, record.page, own)?;
+                    for page in record.page..record.page + u64::from(record.count) {
+                        writes.add(self.slot_for(space, page)?);
+                    }
                 }
                 What::Zero => {
                     for page in record.page..record.page + u64::from(record.count) {
@@ -139,36 +179,7 @@ impl PageStore {
                 What::Content | What::AtOnce => {}
             }
         }
-        Ok(())
-    }
-
-    /// Stores consecutive pages, with one write for each run of consecutive slots.
-    fn put(&mut self, space: u32, first: u64, data: &[u8]) -> Result<(), StoreError> {
-        let mut run: Option<(u32, usize)> = None;
-        let count = data.len() / PAGE_BYTES;
-        for index in 0..count {
-            let slot = self.slot_for(space, first + index as u64)?;
-            run = match run {
-                Some((start, from)) if slot as usize == start as usize + (index - from) => Some((start, from)),
-                Some((start, from)) => {
-                    self.write(start, &data[from * PAGE_BYTES..index * PAGE_BYTES])?;
-                    Some((slot, index))
-                }
-                None => Some((slot, index)),
-            };
-        }
-        if let Some((start, from)) = run {
-            self.write(start, &data[from * PAGE_BYTES..count * PAGE_BYTES])?;
-        }
-        Ok(())
-    }
-
-    fn write(&self, slot: u32, data: &[u8]) -> Result<(), StoreError> {
-        self.file.write_all_at(data, u64::from(slot) * PAGE).map_err(|source| StoreError::File {
-            operation: "write to",
-            path: self.dir.join(SLOTS),
-            source,
-        })
+        Ok(writes)
     }
 
     /// A slot that is this page's alone: its own, if nobody shares it.
@@ -284,6 +295,10 @@ mod tests {
         vec![byte; PAGE_BYTES]
     }
 
+    fn apply(store: &mut PageStore, space: u32, records: &[Record], data: &[u8]) -> Result<(), StoreError> {
+        store.apply(space, records)?.write(data)
+    }
+
     fn record(page: u64, count: u32, what: What) -> Record {
         Record { page, count, what }
     }
@@ -293,22 +308,22 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let mut store = PageStore::create(&dir.path().join("s"), 2 * PAGE).expect("creates");
         let two = [page(1), page(2)].concat();
-        store.apply(1, &[record(10, 2, What::Data)], &two).expect("fits");
-        store.apply(1, &[record(10, 2, What::Data)], &two).expect("replaces");
-        let error = store.apply(1, &[record(12, 1, What::Data)], &page(3)).expect_err("is too much");
+        apply(&mut store, 1, &[record(10, 2, What::Data)], &two).expect("fits");
+        apply(&mut store, 1, &[record(10, 2, What::Data)], &two).expect("replaces");
+        let error = apply(&mut store, 1, &[record(12, 1, What::Data)], &page(3)).expect_err("is too much");
         assert!(matches!(error, StoreError::Full(bytes) if bytes == 2 * PAGE), "{error}");
-        store.apply(1, &[record(10, 1, What::Zero)], &[]).expect("frees");
-        store.apply(1, &[record(12, 1, What::Data)], &page(3)).expect("fits now");
+        apply(&mut store, 1, &[record(10, 1, What::Zero)], &[]).expect("frees");
+        apply(&mut store, 1, &[record(12, 1, What::Data)], &page(3)).expect("fits now");
     }
 
     #[test]
     fn a_missing_page_is_named() {
         let dir = tempfile::tempdir().expect("a directory");
         let mut store = PageStore::create(&dir.path().join("s"), 1 << 20).expect("creates");
-        store.apply(7, &[record(1, 1, What::Data)], &page(1)).expect("takes");
+        apply(&mut store, 7, &[record(1, 1, What::Data)], &page(1)).expect("takes");
         assert!(matches!(store.write_index(Due::Later, 7, &[1..3]), Err(StoreError::Missing { page: 2, space: 7 })));
         let same = record(5, 1, What::Same { space: 7, page: 99 });
-        assert!(matches!(store.apply(7, &[same], &[]), Err(StoreError::Unknown { page: 99, space: 7 })));
+        assert!(matches!(apply(&mut store, 7, &[same], &[]), Err(StoreError::Unknown { page: 99, space: 7 })));
     }
 
     proptest! {
@@ -322,18 +337,18 @@ mod tests {
                 match kind {
                     0 => {
                         let two = [page(byte), page(byte + 1)].concat();
-                        store.apply(space, &[record(at, 2, What::Data)], &two).expect("takes");
+                        apply(&mut store, space, &[record(at, 2, What::Data)], &two).expect("takes");
                         model.insert((space, at), byte);
                         model.insert((space, at + 1), byte + 1);
                     }
                     1 => {
-                        store.apply(space, &[record(at, 1, What::Zero)], &[]).expect("takes");
+                        apply(&mut store, space, &[record(at, 1, What::Zero)], &[]).expect("takes");
                         model.insert((space, at), 0);
                     }
                     _ => {
                         let other = 1 - space;
                         let same = record(at, 1, What::Same { space: other, page: from });
-                        let done = store.apply(space, &[same], &[]);
+                        let done = apply(&mut store, space, &[same], &[]);
                         match model.get(&(other, from)).copied() {
                             Some(byte) => {
                                 done.expect("takes");

@@ -88,6 +88,9 @@ pub struct MigrateArgs {
     /// The most bytes a second for memory while the container runs (100M, 1G)
     #[arg(long, value_parser = rate, value_name = "RATE")]
     pub bandwidth: Option<u64>,
+    /// Connections for memory, 1 to 8 [default: 2; 1 with --bandwidth]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub streams: Option<u32>,
     /// Have all memory in place before the container runs there, for a longer downtime
     #[arg(long)]
     pub eager: bool,

@@ -59,6 +59,7 @@ async fn migrate(socket: &Path, format: Format, args: MigrateArgs) -> Result<u8>
             TimeoutChoice::Freeze => TimeoutAction::Freeze,
         },
         bandwidth: args.bandwidth,
+        streams: args.streams,
         max_downtime: args.max_downtime,
         max_rounds: args.max_rounds,
         eager: args.eager,

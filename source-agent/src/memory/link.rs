@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use longhaul_common::pages::{Buffers, Header, Hello, Kind, MAX_TEXT, REPLY, Reply, encode_records};
@@ -54,6 +55,26 @@ impl From<TlsError> for LinkError {
     }
 }
 
+/// Frames on their way.
+#[derive(Debug, Clone, Default)]
+pub struct InFlight(Arc<AtomicUsize>);
+
+impl InFlight {
+    /// One more.
+    pub fn add(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn remove(&self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// How many.
+    pub fn count(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// How far a link is.
 #[derive(Debug, Clone, Default)]
 struct Progress {
@@ -70,6 +91,7 @@ pub struct Link {
     progress: watch::Receiver<Progress>,
     barrier: mpsc::Sender<watch::Sender<u64>>,
     pace: watch::Sender<Pace>,
+    in_flight: InFlight,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -91,21 +113,23 @@ impl Drop for Link {
 }
 
 impl Link {
-    /// Connects. `limit` is the most bytes a second, if there is one; buffers of what has arrived go back to `buffers`.
+    /// Connects one stream of a migration. `limit` is the most bytes a second, if there is one; buffers of what has arrived
+    /// go back to `buffers`.
     pub async fn connect(
         identity: &Identity,
         address: &PeerAddress,
-        migration: &str,
+        (migration, stream): (&str, u32),
         limit: Option<u64>,
         buffers: Buffers,
     ) -> Result<Self, LinkError> {
-        let hello = Hello { migration: migration.to_owned(), stream: 0 };
+        let hello = Hello { migration: migration.to_owned(), stream };
         let dialer = Dialer { identity: identity.clone(), address: address.clone(), hello };
         let (connection, last) = dialer.dial().await?;
         let (frames, queue) = mpsc::channel(QUEUE);
         let (barrier, barriers) = mpsc::channel(1);
         let (report, progress) = watch::channel(Progress::default());
         let (pace, paces) = watch::channel(Pace { limit, reconnect: RECONNECT_DEADLINE });
+        let in_flight = InFlight::default();
         let writer = Writer {
             dialer,
             queue,
@@ -115,12 +139,13 @@ impl Link {
             broken_since: None,
             unacknowledged: VecDeque::new(),
             unacknowledged_bytes: 0,
+            in_flight: in_flight.clone(),
             buffers,
             sequence: last,
             not_before: Instant::now(),
         };
         let task = tokio::spawn(writer.run(connection));
-        Ok(Self { frames, progress, barrier, pace, task })
+        Ok(Self { frames, progress, barrier, pace, in_flight, task })
     }
 
     /// Where frames go.
@@ -128,14 +153,14 @@ impl Link {
         self.frames.clone()
     }
 
+    /// Counts the frames that were given to it and are not stored yet; who gives it frames adds them.
+    pub fn in_flight(&self) -> InFlight {
+        self.in_flight.clone()
+    }
+
     /// The container is frozen: from now on as fast as it can, and without patience.
     pub fn hurry(&self) {
         self.pace.send_replace(Pace { limit: None, reconnect: RECONNECT_FROZEN });
-    }
-
-    /// Bytes written so far.
-    pub fn wire_bytes(&self) -> u64 {
-        self.meter().bytes()
     }
 
     /// For others to read.
@@ -246,6 +271,7 @@ struct Writer {
     broken_since: Option<Instant>,
     unacknowledged: VecDeque<Arc<Sent>>,
     unacknowledged_bytes: usize,
+    in_flight: InFlight,
     buffers: Buffers,
     sequence: u64,
     not_before: Instant,
@@ -285,6 +311,7 @@ impl Writer {
         while self.unacknowledged.front().is_some_and(|sent| sent.sequence <= sequence) {
             if let Some(sent) = self.unacknowledged.pop_front() {
                 self.unacknowledged_bytes -= sent.payload.len();
+                self.in_flight.remove();
                 if let Some(sent) = Arc::into_inner(sent) {
                     self.buffers.give(sent.payload);
                 }

@@ -10,9 +10,10 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::filter::{self, Hidden, Told};
-use super::link::{Link, LinkError, Meter};
+use super::lanes::{Lanes, Meters};
+use super::link::LinkError;
 use super::predict::{Limits, Next, Outlook, decide};
-use super::pump::{Pump, PumpError, Pumped, Tasks};
+use super::pump::{PumpError, Pumped, Tasks};
 use super::tracker::{Frozen, SpacePages, TrackError, Tracker};
 use crate::report::millis;
 
@@ -84,16 +85,13 @@ pub struct Round {
     pub predicted_downtime_ms: f64,
 }
 
-/// What outlives a step that runs on a thread of its own.
-struct Hands {
-    tracker: Box<dyn Tracker>,
-    pump: Pump,
-}
+/// Outlives a step that runs on a thread of its own.
+type SharedTracker = Arc<Mutex<Box<dyn Tracker>>>;
 
 /// The memory of one container on its way.
 pub struct Precopy {
-    hands: Arc<Mutex<Hands>>,
-    link: Link,
+    tracker: SharedTracker,
+    lanes: Lanes,
     freezer: Freezer,
     limits: Limits,
     /// Known parts of the downtime.
@@ -135,17 +133,10 @@ pub struct LastRound {
 
 impl Precopy {
     /// Nothing is touched yet.
-    pub fn new(
-        tracker: Box<dyn Tracker>,
-        pump: Pump,
-        link: Link,
-        freezer: Freezer,
-        limits: Limits,
-        outlook: Outlook,
-    ) -> Self {
+    pub fn new(tracker: Box<dyn Tracker>, lanes: Lanes, freezer: Freezer, limits: Limits, outlook: Outlook) -> Self {
         Self {
-            hands: Arc::new(Mutex::new(Hands { tracker, pump })),
-            link,
+            tracker: Arc::new(Mutex::new(tracker)),
+            lanes,
             freezer,
             limits,
             outlook,
@@ -160,17 +151,17 @@ impl Precopy {
 
     /// The tracker's mechanism.
     pub fn tracker_name(&self) -> &'static str {
-        lock(&self.hands).tracker.name()
+        lock(&self.tracker).name()
     }
 
     /// The longest that tracking has stopped a thread of the container.
     pub fn longest_stop(&self) -> Duration {
-        lock(&self.hands).tracker.longest_stop()
+        lock(&self.tracker).longest_stop()
     }
 
     /// Reads how much was sent while a step is under way.
-    pub fn meter(&self) -> Meter {
-        self.link.meter()
+    pub fn meter(&self) -> Meters {
+        self.lanes.meter()
     }
 
     /// The prediction for a residual of so many bytes.
@@ -202,11 +193,11 @@ impl Precopy {
             match decide(prediction, &self.residuals, self.limits) {
                 Next::Round => {}
                 Next::Freeze => {
-                    lock(&self.hands).tracker.put_back(taken);
+                    lock(&self.tracker).put_back(taken);
                     return Ok(Step::Freeze);
                 }
                 Next::GiveUp => {
-                    lock(&self.hands).tracker.put_back(taken);
+                    lock(&self.tracker).put_back(taken);
                     return Ok(Step::GiveUp { predicted_ms: millis(prediction), dirty_mib_per_s });
                 }
             }
@@ -227,16 +218,15 @@ impl Precopy {
 
     async fn take(&self) -> Result<Vec<SpacePages>, MemoryError> {
         let tasks = self.freezer.tasks()?;
-        let hands = self.hands.clone();
-        let taken = tokio::task::spawn_blocking(move || lock(&hands).tracker.take(&tasks)).await;
+        let tracker = self.tracker.clone();
+        let taken = tokio::task::spawn_blocking(move || lock(&tracker).take(&tasks)).await;
         Ok(taken.map_err(|_| MemoryError::Panicked)??)
     }
 
     /// Sends pages and waits until they are stored.
     async fn send(&mut self, pages: Vec<SpacePages>, tasks: Tasks, start: Instant) -> Result<Round, MemoryError> {
-        let wire_before = self.link.wire_bytes();
+        let wire_before = self.meter().bytes();
         let pumped = self.pump(pages, tasks).await?;
-        self.link.settle().await?;
         let took = start.elapsed();
         let looked_at = pumped.pages * longhaul_common::sys::memory::PAGE;
         // A few pages say nothing about the link's speed.
@@ -259,7 +249,7 @@ impl Precopy {
             zero_pages: pumped.zero,
             equal_pages: pumped.equal,
             page_bytes: pumped.raw_bytes,
-            wire_bytes: self.link.wire_bytes() - wire_before,
+            wire_bytes: self.meter().bytes() - wire_before,
             ms: millis(took),
             mib_per_s: tenths(mib(looked_at) / took.as_secs_f64().max(1e-6)),
             compression: tenths(pumped.raw_bytes as f64 / pumped.packed_bytes.max(1) as f64),
@@ -268,34 +258,21 @@ impl Precopy {
     }
 
     async fn pump(&self, pages: Vec<SpacePages>, tasks: Tasks) -> Result<Pumped, MemoryError> {
-        let (hands, frames) = (self.hands.clone(), self.link.frames());
-        let pumped = tokio::task::spawn_blocking(move || {
-            let mut hands = lock(&hands);
-            let mut pumped = hands.pump.send(&pages, tasks, &frames);
-            match &mut pumped {
-                Ok(pumped) => hands.tracker.put_back(std::mem::take(&mut pumped.skipped)),
-                Err(_) => hands.tracker.put_back(pages),
-            }
-            pumped
-        });
-        self.pumped(pumped.await.map_err(|_| MemoryError::Panicked)?).await
-    }
-
-    /// The link knows better why nothing could be sent.
-    async fn pumped(&self, pumped: Result<Pumped, PumpError>) -> Result<Pumped, MemoryError> {
-        match pumped {
-            Ok(pumped) => Ok(pumped),
-            Err(PumpError::Closed) => Err(self.link.failure().await.into()),
-            Err(error) => Err(MemoryError::Pump(error)),
-        }
+        let mut pumped = self.lanes.send(&pages, tasks).await;
+        let owed = match &mut pumped {
+            Ok(pumped) => std::mem::take(&mut pumped.skipped),
+            Err(_) => pages,
+        };
+        lock(&self.tracker).put_back(owed);
+        pumped
     }
 
     /// Looks at the frozen container and tells CRIU's library, by a table in `dir`, what to leave out.
     pub async fn look_frozen(&self, dir: &Path) -> Result<LastRound, MemoryError> {
         let tasks = self.freezer.tasks()?;
-        let (hands, dir) = (self.hands.clone(), dir.to_owned());
+        let (tracker, dir) = (self.tracker.clone(), dir.to_owned());
         let looked = tokio::task::spawn_blocking(move || {
-            let frozen = lock(&hands).tracker.look_frozen(&tasks)?;
+            let frozen = lock(&tracker).look_frozen(&tasks)?;
             let hidden = filter::write_table(&dir, &frozen).map_err(MemoryError::Table)?;
             Ok::<_, MemoryError>(LastRound { frozen, hidden })
         });
@@ -304,15 +281,12 @@ impl Precopy {
 
     /// Sends what was written last, and what counts in the end. The tasks must stay frozen.
     pub async fn send_last(&mut self, last: &LastRound) -> Result<Round, MemoryError> {
-        self.link.hurry();
-        let (start, wire_before) = (Instant::now(), self.link.wire_bytes());
+        self.lanes.hurry();
+        let (start, wire_before) = (Instant::now(), self.meter().bytes());
         let written =
             |frozen: &Frozen| SpacePages { pid: frozen.pid, space: frozen.space, ranges: frozen.written.clone() };
         let pumped = self.pump(last.frozen.iter().map(written).collect(), Tasks::Frozen).await?;
-        let (frozen, frames) = (last.frozen.clone(), self.link.frames());
-        let finished = tokio::task::spawn_blocking(move || Pump::finish(&frozen, &frames).map(|()| Pumped::default()));
-        self.pumped(finished.await.map_err(|_| MemoryError::Panicked)?).await?;
-        self.link.settle().await?;
+        self.lanes.finish(&last.frozen).await?;
         Ok(self.report(&pumped, start.elapsed(), wire_before))
     }
 }
@@ -334,8 +308,8 @@ impl LastRound {
     }
 }
 
-fn lock(hands: &Mutex<Hands>) -> std::sync::MutexGuard<'_, Hands> {
-    hands.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+fn lock(tracker: &Mutex<Box<dyn Tracker>>) -> std::sync::MutexGuard<'_, Box<dyn Tracker>> {
+    tracker.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// Bytes as MiB, for reports and progress.

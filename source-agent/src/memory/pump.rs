@@ -1,6 +1,5 @@
 //! Reads pages out of the container and makes frames of them: what is zero or was sent before does not travel.
 
-use std::collections::HashMap;
 use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
@@ -11,25 +10,13 @@ use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use thiserror::Error;
 use tokio::sync::mpsc;
-use xxhash_rust::xxh3::xxh3_128;
 
+use super::link::InFlight;
+use super::packing::Packing;
+use super::sent::Sent;
 use super::tracker::{Frozen, SpacePages};
 
-const PAGE_BYTES: usize = PAGE as usize;
-/// Contents remembered for finding equal pages: 4 GiB of different pages, at some 50 bytes each. What comes after is sent
-/// without being remembered.
-const REMEMBERED: usize = 1 << 20;
-/// Frames over which it is measured whether link or processor is the bottleneck.
-const MEASURED: u32 = 8;
-/// Below this share of time spent waiting for the link, packing would make things slower.
-const LINK_BOUND: f64 = 0.5;
-/// Packing that saves less than this is not worth its time.
-const WORTH_PACKING: f64 = 0.9;
-/// After packing that was not worth it: frames until it is tried again.
-const PACK_AGAIN: u32 = 64;
-/// The fastest of zstd's ordinary levels: 0.46 GiB/s on one core.
-const LEVEL: i32 = 1;
-
+pub(super) const PAGE_BYTES: usize = PAGE as usize;
 /// Pages that can't be read or sent.
 #[derive(Debug, Error)]
 pub enum PumpError {
@@ -81,10 +68,21 @@ pub struct Pumped {
     pub raw_bytes: u64,
     /// The same as it travelled.
     pub packed_bytes: u64,
-    /// Time spent waiting for the link.
-    pub waited: Duration,
     /// Pages of running tasks that could not be read now: they are still to be sent.
     pub skipped: Vec<SpacePages>,
+}
+
+impl Pumped {
+    /// Both together.
+    pub fn and(mut self, other: Self) -> Self {
+        self.pages += other.pages;
+        self.zero += other.zero;
+        self.equal += other.equal;
+        self.raw_bytes += other.raw_bytes;
+        self.packed_bytes += other.packed_bytes;
+        self.skipped.extend(other.skipped);
+        self
+    }
 }
 
 /// Whether tasks may change or end while they are read.
@@ -96,76 +94,18 @@ pub enum Tasks {
     Frozen,
 }
 
-/// Where content was sent to: address space and page number.
-type Place = (u32, u64);
-
-/// What was sent, to recognise equal pages.
-#[derive(Default)]
-struct Sent {
-    /// Where the destination has this content.
-    places: HashMap<u128, Place>,
-    /// What the destination has in a place, as far as it is remembered.
-    contents: HashMap<Place, u128>,
-}
-
 /// See the module.
-#[derive(Default)]
 pub struct Pump {
     sent: Sent,
     packing: Packing,
     buffers: Buffers,
+    in_flight: InFlight,
 }
 
 impl Pump {
-    /// One that never packs. For a link that is kept slow so that the host is spared: packing would spend a core.
-    pub fn sparing(buffers: Buffers) -> Self {
-        Self { packing: Packing { never: true, ..Packing::default() }, buffers, ..Self::default() }
-    }
-
-    /// One that packs when that is faster. The link gives buffers back.
-    pub fn new(buffers: Buffers) -> Self {
-        Self { buffers, ..Self::default() }
-    }
-}
-
-/// Decides whether content is packed.
-#[derive(Debug, Default)]
-struct Packing {
-    on: bool,
-    frames: u32,
-    waited: Duration,
-    since: Option<Instant>,
-    pause: u32,
-    never: bool,
-}
-
-impl Packing {
-    /// Takes the measure of one more frame.
-    fn note(&mut self, waited: Duration) {
-        self.waited += waited;
-        self.frames += 1;
-        let since = *self.since.get_or_insert_with(Instant::now);
-        self.pause = self.pause.saturating_sub(1);
-        if self.frames < MEASURED {
-            return;
-        }
-        let share = self.waited.as_secs_f64() / since.elapsed().as_secs_f64().max(1e-9);
-        // Once packing is on, the link waits for us rather than we for it: only a link that is hardly used turns it off.
-        self.on = self.pause == 0 && if self.on { share > LINK_BOUND / 10.0 } else { share > LINK_BOUND };
-        (self.frames, self.waited, self.since) = (0, Duration::ZERO, Some(Instant::now()));
-    }
-
-    fn pack(&mut self, raw: &[u8]) -> Option<Vec<u8>> {
-        if !self.on || self.never || raw.is_empty() {
-            return None;
-        }
-        let packed = zstd::bulk::compress(raw, LEVEL).ok()?;
-        if packed.len() as f64 > raw.len() as f64 * WORTH_PACKING {
-            self.on = false;
-            self.pause = PACK_AGAIN;
-            return None;
-        }
-        Some(packed)
+    /// For a link, which gives buffers back and says how much of what it was given is not stored yet.
+    pub fn new(buffers: Buffers, in_flight: InFlight, may_pack: bool) -> Self {
+        Self { sent: Sent::default(), packing: Packing::new(may_pack), buffers, in_flight }
     }
 }
 
@@ -204,7 +144,7 @@ impl Pump {
     }
 
     /// Tells which pages count in the end, and that this is the end.
-    pub fn finish(tasks: &[Frozen], frames: &mpsc::Sender<Frame>) -> Result<(), PumpError> {
+    pub fn finish(&self, tasks: &[Frozen], streams: u32, frames: &mpsc::Sender<Frame>) -> Result<(), PumpError> {
         let frame = |kind, space, records: Vec<Record>| Frame {
             kind,
             space,
@@ -226,11 +166,19 @@ impl Pump {
                     .map(|(page, count)| Record { page, count, what })
                     .collect();
                 for records in records.chunks(MAX_RECORDS) {
-                    send(frames, frame(Kind::Content, task.space, records.to_vec()))?;
+                    self.give(frames, frame(Kind::Content, task.space, records.to_vec()))?;
                 }
             }
         }
-        send(frames, frame(Kind::End, 0, Vec::new())).map(drop)
+        self.give(frames, frame(Kind::End, streams, Vec::new())).map(drop)
+    }
+
+    /// Gives a frame to the link; how long that had to wait.
+    fn give(&self, frames: &mpsc::Sender<Frame>, frame: Frame) -> Result<Duration, PumpError> {
+        let start = Instant::now();
+        self.in_flight.add();
+        frames.blocking_send(frame).map_err(|_| PumpError::Closed)?;
+        Ok(start.elapsed())
     }
 
     fn send_batch(
@@ -291,46 +239,9 @@ impl Pump {
             Frame { kind: Kind::Batch, space: batch.space.space, records, raw, checksum, packed: is_packed, payload };
         pumped.raw_bytes += raw as u64;
         pumped.packed_bytes += frame.payload.len() as u64;
-        let waited = send(frames, frame)?;
-        pumped.waited += waited;
-        self.packing.note(waited);
+        let waited = self.give(frames, frame)?;
+        self.packing.note(raw, waited, self.in_flight.count());
         Ok(())
-    }
-}
-
-/// Sends a frame on; how long that had to wait.
-fn send(frames: &mpsc::Sender<Frame>, frame: Frame) -> Result<Duration, PumpError> {
-    let start = Instant::now();
-    frames.blocking_send(frame).map_err(|_| PumpError::Closed)?;
-    Ok(start.elapsed())
-}
-
-impl Sent {
-    /// What has to be said of a page; nothing if the destination has it as it is.
-    fn look(&mut self, place: Place, page: &[u8]) -> Option<What> {
-        let zero = is_zero(page);
-        // Zero needs no search.
-        let hash = if zero { 0 } else { xxh3_128(page) };
-        let known = self.contents.get(&place) == Some(&hash);
-        if known {
-            return None;
-        }
-        let what = if zero {
-            What::Zero
-        } else {
-            match self.places.get(&hash) {
-                // It may have been overwritten since.
-                Some(other) if self.contents.get(other) == Some(&hash) => What::Same { space: other.0, page: other.1 },
-                _ => What::Data,
-            }
-        };
-        if self.contents.len() < REMEMBERED || self.contents.contains_key(&place) {
-            self.contents.insert(place, hash);
-            if what == What::Data {
-                self.places.insert(hash, place);
-            }
-        }
-        Some(what)
     }
 }
 
@@ -351,12 +262,6 @@ fn add(records: &mut Vec<Record>, page: u64, what: What) {
         }
     }
     records.push(Record { page, count: 1, what });
-}
-
-fn is_zero(page: &[u8]) -> bool {
-    // In pieces of 64 bytes, which the compiler compares with vector instructions.
-    let (pieces, rest) = page.as_chunks::<64>();
-    rest.is_empty() && pieces.iter().all(|piece| *piece == [0; 64])
 }
 
 /// Reads the pages at `addresses` into `buffer`, page by page in that order. Of a running task, pages that can't be read
@@ -398,20 +303,6 @@ fn runs(addresses: &[u64]) -> Vec<RemoteIoVec> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn equal_pages_are_sent_once_and_overwritten_ones_are_not_referred_to() {
-        let mut sent = Sent::default();
-        let (one, two) = (vec![1; PAGE_BYTES], vec![2; PAGE_BYTES]);
-        assert_eq!(sent.look((1, 10), &one), Some(What::Data));
-        assert_eq!(sent.look((1, 11), &one), Some(What::Same { space: 1, page: 10 }));
-        assert_eq!(sent.look((1, 10), &one), None);
-        assert_eq!(sent.look((1, 10), &two), Some(What::Data));
-        // Page 10 is not as it was, so there is nothing to refer to.
-        assert_eq!(sent.look((2, 5), &one), Some(What::Data));
-        assert_eq!(sent.look((2, 6), &vec![0; PAGE_BYTES]), Some(What::Zero));
-        assert_eq!(sent.look((2, 6), &vec![0; PAGE_BYTES]), None);
-    }
 
     #[test]
     fn records_grow_where_pages_follow() {

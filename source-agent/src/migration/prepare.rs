@@ -6,7 +6,6 @@ use std::time::Duration;
 use longhaul_common::description::Network;
 use longhaul_common::net::{Netns, neighbours};
 use longhaul_common::obstacle::Obstacle;
-use longhaul_common::pages::Buffers;
 use longhaul_common::sys::memory::PAGE;
 use longhaul_proto::peer::Offer;
 
@@ -15,10 +14,9 @@ use super::{MAX_LIVE_PASSES, MigrationError, SETTLED_BYTES, Trip};
 use crate::checkpoint::{Armed, Externals, images_dir};
 use crate::inspect::{InspectError, Inspection, inspect};
 use crate::memory::filter;
-use crate::memory::link::Link;
+use crate::memory::lanes::{Allowed, Lanes};
 use crate::memory::precopy::{MemoryError, Precopy, Step, mib};
 use crate::memory::predict::{Limits, Outlook};
-use crate::memory::pump::Pump;
 use crate::memory::tracker::{TrackError, WriteProtect};
 use crate::options::{DEFAULT_MAX_DOWNTIME, DEFAULT_MAX_ROUNDS, TimeoutAction};
 use crate::peer::{Pages, Peer, Session};
@@ -149,8 +147,8 @@ async fn begin(trip: &Trip, prepared: &Prepared) -> Result<Precopy, Without> {
     if !engine.filter.is_file() {
         return Err(Without(format!("{} is not installed", engine.filter.display())));
     }
-    let (buffers, limit) = (Buffers::default(), trip.options.bandwidth);
-    let link = Link::connect(&trip.env.identity, &trip.address, &trip.migration, limit, buffers.clone())
+    let allowed = Allowed { bandwidth: trip.options.bandwidth, streams: trip.options.streams };
+    let lanes = Lanes::connect(&trip.env.identity, &trip.address, &trip.migration, allowed)
         .await
         .map_err(|error| Without(error.to_string()))?;
     let live = &prepared.inspection.live;
@@ -166,9 +164,8 @@ async fn begin(trip: &Trip, prepared: &Prepared) -> Result<Precopy, Without> {
         max_downtime: trip.options.max_downtime.unwrap_or(DEFAULT_MAX_DOWNTIME.max(outlook.downtime() + MEMORY_SHARE)),
         max_rounds: trip.options.max_rounds.unwrap_or(DEFAULT_MAX_ROUNDS),
     };
-    let pump = if limit.is_some() { Pump::sparing(buffers) } else { Pump::new(buffers) };
     let tracker = Box::new(WriteProtect::new(live.init));
-    Ok(Precopy::new(tracker, pump, link, live.freezer.clone(), limits, outlook))
+    Ok(Precopy::new(tracker, lanes, live.freezer.clone(), limits, outlook))
 }
 
 /// Rounds until it is time to freeze. A reason, where the kernel turns out to have no tracker.
