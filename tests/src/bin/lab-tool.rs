@@ -53,6 +53,8 @@ enum Command {
     /// Memory that verifies itself while it is written
     #[command(subcommand)]
     Memcheck(tool::memcheck::Command),
+    /// Memory that changes by command
+    MemorySubject(tool::subject::Options),
     /// Fill memory and sleep
     IdleMemory(tool::idle::Options),
 }
@@ -75,6 +77,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::WaitPort(options) => tool::wait_port::run(&options)?,
         Command::Selfcheck(command) => tool::selfcheck::run(command)?,
         Command::Memcheck(command) => tool::memcheck::run(command)?,
+        Command::MemorySubject(options) => tool::subject::run(&options)?,
         Command::IdleMemory(options) => tool::idle::run(&options)?,
     };
     Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })

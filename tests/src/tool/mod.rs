@@ -14,6 +14,7 @@ pub(crate) mod redis_write;
 pub(crate) mod report;
 pub(crate) mod selfcheck;
 pub(crate) mod stream;
+pub(crate) mod subject;
 #[allow(unsafe_code, reason = "the system calls that neither std nor nix wraps safely")]
 pub(crate) mod sys;
 pub(crate) mod tls_pipe;

@@ -1,0 +1,340 @@
+//! Tracker, pump and page store against a process that changes its memory at random: what has arrived in the end must be
+//! what the process has.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use longhaul_common::pages::{Buffers, Kind};
+use longhaul_common::sys::memory::PAGE;
+use longhaul_dest::memory::index::{Due, Index, SHARED, ZERO};
+use longhaul_dest::memory::store::{PageStore, SLOTS};
+use longhaul_source::memory::link::InFlight;
+use longhaul_source::memory::maps::Area;
+use longhaul_source::memory::pump::{Frame, Pump, Tasks};
+use longhaul_source::memory::tracker::{Frozen, SpacePages, Tracker, WriteProtect};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use proptest::prelude::*;
+
+const PAGE_BYTES: usize = PAGE as usize;
+
+/// What a process is told to do.
+#[derive(Debug, Clone)]
+enum Step {
+    Map {
+        slot: usize,
+        pages: usize,
+        kind: &'static str,
+    },
+    Unmap {
+        slot: usize,
+    },
+    Resize {
+        slot: usize,
+        pages: usize,
+    },
+    Write {
+        slot: usize,
+        page: usize,
+        value: u64,
+    },
+    Drop {
+        slot: usize,
+        page: usize,
+    },
+    Lock {
+        slot: usize,
+    },
+    Fork,
+    /// A round.
+    Round,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let slot = 0usize..4;
+    let page = 0usize..24;
+    // Few values, so that pages are often equal, and often zero.
+    let value = prop_oneof![1 => Just(0u64), 4 => 1u64..5, 4 => any::<u32>().prop_map(u64::from)];
+    prop_oneof![
+        2 => (slot.clone(), 1usize..24, prop_oneof![Just("anonymous"), Just("file")])
+            .prop_map(|(slot, pages, kind)| Step::Map { slot, pages, kind }),
+        1 => slot.clone().prop_map(|slot| Step::Unmap { slot }),
+        2 => (slot.clone(), 1usize..24).prop_map(|(slot, pages)| Step::Resize { slot, pages }),
+        12 => (slot.clone(), page.clone(), value).prop_map(|(slot, page, value)| Step::Write { slot, page, value }),
+        3 => (slot.clone(), page).prop_map(|(slot, page)| Step::Drop { slot, page }),
+        1 => slot.prop_map(|slot| Step::Lock { slot }),
+        1 => Just(Step::Fork),
+        4 => Just(Step::Round),
+    ]
+}
+
+/// A mapping, as the test knows it.
+#[derive(Debug, Clone)]
+struct Mapped {
+    address: u64,
+    pages: usize,
+    is_file: bool,
+    /// A round has seen it.
+    seen: bool,
+    /// What was written and not dropped.
+    written: BTreeMap<usize, u64>,
+}
+
+/// One process.
+struct Subject {
+    pid: i32,
+    stream: UnixStream,
+    lines: BufReader<UnixStream>,
+    slots: BTreeMap<usize, Mapped>,
+}
+
+impl Subject {
+    fn accept(listener: &UnixListener, slots: BTreeMap<usize, Mapped>) -> Self {
+        let (stream, _) = listener.accept().expect("connects");
+        stream.set_read_timeout(Some(Duration::from_secs(10))).expect("is set");
+        let mut lines = BufReader::new(stream.try_clone().expect("clones"));
+        let mut pid = String::new();
+        lines.read_line(&mut pid).expect("says who it is");
+        Self { pid: pid.trim().parse().expect("a number"), stream, lines, slots }
+    }
+
+    /// The last word of the answer.
+    fn tell(&mut self, command: &str) -> String {
+        writeln!(self.stream, "{command}").expect("is told");
+        let mut answer = String::new();
+        self.lines.read_line(&mut answer).expect("answers");
+        assert!(answer.starts_with("ok"), "{command}: {answer}");
+        answer.trim().rsplit(' ').next().unwrap_or_default().to_owned()
+    }
+
+    fn obey(&mut self, step: &Step) {
+        match step {
+            Step::Map { slot, pages, kind } => {
+                if !self.slots.contains_key(slot) {
+                    let address = self.tell(&format!("map {slot} {pages} {kind}")).parse().expect("an address");
+                    let is_file = *kind == "file";
+                    let mapped = Mapped { address, pages: *pages, is_file, seen: false, written: BTreeMap::new() };
+                    self.slots.insert(*slot, mapped);
+                }
+            }
+            Step::Unmap { slot } => {
+                if self.slots.remove(slot).is_some() {
+                    self.tell(&format!("unmap {slot}"));
+                }
+            }
+            Step::Resize { slot, pages } => {
+                if self.slots.contains_key(slot) {
+                    let address = self.tell(&format!("resize {slot} {pages}")).parse().expect("an address");
+                    // Neighbours are one area to the kernel, and one of which a part moves is followed no more
+                    // (`userfaultfd_reset_ctx` in mm/userfaultfd.c): until the next round it is CRIU's.
+                    self.slots.values_mut().for_each(|mapped| mapped.seen = false);
+                    let mapped = self.slots.get_mut(slot).expect("is mapped");
+                    (mapped.address, mapped.pages) = (address, *pages);
+                    mapped.written.retain(|page, _| page < pages);
+                }
+            }
+            Step::Write { slot, page, value } => {
+                if self.has(*slot, *page) {
+                    self.tell(&format!("write {slot} {page} {value}"));
+                    self.slots.get_mut(slot).expect("is mapped").written.insert(*page, *value);
+                }
+            }
+            Step::Drop { slot, page } => {
+                // What is locked can't be dropped (madvise(2)).
+                if self.has(*slot, *page) && !self.is_locked() {
+                    self.tell(&format!("drop {slot} {page}"));
+                    self.slots.get_mut(slot).expect("is mapped").written.remove(page);
+                }
+            }
+            Step::Lock { slot } => {
+                if self.slots.contains_key(slot) {
+                    self.tell(&format!("lock {slot}"));
+                }
+            }
+            Step::Fork | Step::Round => {}
+        }
+    }
+
+    fn has(&self, slot: usize, page: usize) -> bool {
+        self.slots.get(&slot).is_some_and(|mapped| page < mapped.pages)
+    }
+
+    fn is_locked(&self) -> bool {
+        longhaul_source::memory::maps::status_bytes(self.pid, "VmLck") > 0
+    }
+
+    /// Until it goes on, nothing of it changes.
+    fn stop(&self) {
+        kill(Pid::from_raw(self.pid), Signal::SIGSTOP).expect("is told");
+        let is_stopped =
+            || std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).is_ok_and(|stat| stat.contains(") T "));
+        while !is_stopped() {
+            std::thread::yield_now();
+        }
+    }
+
+    fn page(&self, address: u64) -> Vec<u8> {
+        let mut bytes = vec![0; PAGE_BYTES];
+        let mem = std::fs::File::open(format!("/proc/{}/mem", self.pid)).expect("opens");
+        mem.read_exact_at(&mut bytes, address).expect("is readable");
+        bytes
+    }
+}
+
+/// Ends what was started, however the test ends.
+struct Family {
+    first: Child,
+    members: Vec<Subject>,
+}
+
+impl Drop for Family {
+    fn drop(&mut self) {
+        for member in self.members.iter().skip(1) {
+            let _ = kill(Pid::from_raw(member.pid), Signal::SIGKILL);
+        }
+        let _ = self.first.kill();
+        let _ = self.first.wait();
+    }
+}
+
+/// The destination: what arrives goes into a page store.
+struct Arriving {
+    store: PageStore,
+    pump: Pump,
+}
+
+impl Arriving {
+    fn take(&mut self, pages: &[SpacePages], tasks: Tasks) -> Vec<SpacePages> {
+        let (sender, mut receiver) = tokio::sync::mpsc::channel::<Frame>(4);
+        std::thread::scope(|scope| {
+            let store = &mut self.store;
+            let stored = scope.spawn(move || {
+                while let Some(frame) = receiver.blocking_recv() {
+                    if frame.kind == Kind::Batch {
+                        let data = if frame.packed {
+                            zstd::bulk::decompress(&frame.payload, frame.raw).expect("unpacks")
+                        } else {
+                            frame.payload
+                        };
+                        store.apply(frame.space, &frame.records).expect("fits").write(&data).expect("is written");
+                    }
+                }
+            });
+            let pumped = self.pump.send(pages, tasks, &sender).expect("is sent");
+            drop(sender);
+            stored.join().expect("stores");
+            pumped.skipped
+        })
+    }
+}
+
+/// Pages by address, as the index of the store has them.
+fn arrived(dir: &Path, due: Due, space: u32, ranges: &[Area], store: &PageStore) -> BTreeMap<u64, Vec<u8>> {
+    let pages: Vec<_> = ranges.iter().map(|range| range.start / PAGE..range.end / PAGE).collect();
+    store.write_index(due, space, &pages).expect("nothing is missing");
+    let index = Index::read(&Index::path(dir, due, space)).expect("reads");
+    let slots = std::fs::File::open(dir.join(SLOTS)).expect("opens");
+    let mut found = BTreeMap::new();
+    for (range, first) in &index.ranges {
+        for (page, entry) in range.clone().zip(&index.slots[*first..]) {
+            let mut bytes = vec![0; PAGE_BYTES];
+            if *entry != ZERO {
+                slots.read_exact_at(&mut bytes, u64::from(entry & !SHARED) * PAGE).expect("is there");
+            }
+            found.insert(page * PAGE, bytes);
+        }
+    }
+    found
+}
+
+fn check(subject: &Subject, frozen: &Frozen, arrived: &BTreeMap<u64, Vec<u8>>) {
+    for (address, bytes) in arrived {
+        assert!(*bytes == subject.page(*address), "page {address:#x} of {} is another", subject.pid);
+    }
+    for mapped in subject.slots.values() {
+        let end = mapped.address + mapped.pages as u64 * PAGE;
+        let is_followed = frozen.followed.iter().any(|area| area.start <= mapped.address && end <= area.end);
+        assert!(is_followed || !mapped.seen, "a round saw {mapped:?}, and it is not followed: {:?}", frozen.followed);
+        for (page, value) in mapped.written.iter().filter(|_| is_followed) {
+            let address = mapped.address + *page as u64 * PAGE;
+            let bytes = arrived.get(&address);
+            assert!(bytes.is_some(), "page {page} of {mapped:?} was written and does not count");
+            let is_right = bytes.is_some_and(|bytes| bytes[..8] == value.to_ne_bytes());
+            assert!(is_right, "page {page} of {mapped:?} arrived with something else");
+        }
+        let at_once = frozen.at_once.iter().any(|area| area.start < end && mapped.address < area.end);
+        assert!(
+            !is_followed || !mapped.is_file || mapped.written.is_empty() || at_once,
+            "a file's page could come late"
+        );
+    }
+}
+
+fn play(steps: &[(prop::sample::Index, Step)]) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (socket, file) = (dir.path().join("socket"), dir.path().join("file"));
+    std::fs::write(&file, vec![0xab; 32 * PAGE_BYTES]).expect("writes");
+    let listener = UnixListener::bind(&socket).expect("listens");
+    let first = Command::new(env!("CARGO_BIN_EXE_lab-tool"))
+        .args(["memory-subject", "--connect"])
+        .arg(&socket)
+        .arg("--file")
+        .arg(&file)
+        .spawn()
+        .expect("starts");
+    let init = first.id().cast_signed();
+    let mut family = Family { first, members: vec![Subject::accept(&listener, BTreeMap::new())] };
+    let mut tracker = WriteProtect::new(init);
+    let pages = dir.path().join("pages");
+    let store = PageStore::create(&pages, 64 << 20).expect("creates");
+    let mut arriving = Arriving { store, pump: Pump::new(Buffers::default(), InFlight::default(), true) };
+    for (who, step) in steps {
+        let members = family.members.len();
+        let who = who.index(members);
+        match step {
+            Step::Fork if members < 4 => {
+                family.members[who].tell("fork");
+                let mut slots = family.members[who].slots.clone();
+                slots.values_mut().for_each(|mapped| mapped.seen = false);
+                family.members.push(Subject::accept(&listener, slots));
+            }
+            Step::Round => {
+                let tasks: Vec<i32> = family.members.iter().map(|member| member.pid).collect();
+                let taken = tracker.take(&tasks).expect("is tracked");
+                let skipped = arriving.take(&taken, Tasks::Running);
+                tracker.put_back(skipped);
+                family
+                    .members
+                    .iter_mut()
+                    .flat_map(|member| member.slots.values_mut())
+                    .for_each(|mapped| mapped.seen = true);
+            }
+            step => family.members[who].obey(step),
+        }
+    }
+    let tasks: Vec<i32> = family.members.iter().map(|member| member.pid).collect();
+    family.members.iter().for_each(Subject::stop);
+    let frozen = tracker.look_frozen(&tasks).expect("is tracked");
+    let written = |frozen: &Frozen| SpacePages { pid: frozen.pid, space: frozen.space, ranges: frozen.written.clone() };
+    arriving.take(&frozen.iter().map(written).collect::<Vec<_>>(), Tasks::Frozen);
+    for frozen in &frozen {
+        let subject = family.members.iter().find(|member| member.pid == frozen.pid).expect("is one of them");
+        let mut all = arrived(&pages, Due::Later, frozen.space, &frozen.later, &arriving.store);
+        all.extend(arrived(&pages, Due::AtOnce, frozen.space, &frozen.at_once, &arriving.store));
+        check(subject, frozen, &all);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, max_shrink_iters: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_arrives_is_what_the_process_has(steps in prop::collection::vec((any::<prop::sample::Index>(), step()), 1..80)) {
+        play(&steps);
+    }
+}
