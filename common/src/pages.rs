@@ -9,6 +9,7 @@
 //!    │◀────────────── Welcome{last sequence} ─│   after a broken connection: what need not be sent again
 //!    │── Batch{sequence, records, pages} ────▶│   as often as wanted, without waiting
 //!    │◀──────────────────────── Ack{sequence} │   after it is in the store
+//!    │── Forget{sequence, space} ────────────▶│   an address space has ended: its pages make room
 //!    │── Content{sequence, ranges} ──────────▶│   which pages count in the end, for each address space
 //!    │── End{sequence} ──────────────────────▶│
 //! ```
@@ -78,6 +79,8 @@ pub enum Kind {
     Content,
     /// No more comes.
     End,
+    /// An address space has ended: what came of it is not needed any more.
+    Forget,
 }
 
 /// What a record says of its pages.
@@ -180,6 +183,7 @@ impl Header {
             Kind::Batch => 1,
             Kind::Content => 2,
             Kind::End => 3,
+            Kind::Forget => 4,
         };
         bytes[1] = u8::from(self.packed);
         bytes[4..8].copy_from_slice(&self.records.to_le_bytes());
@@ -198,6 +202,7 @@ impl Header {
             1 => Kind::Batch,
             2 => Kind::Content,
             3 => Kind::End,
+            4 => Kind::Forget,
             other => return Err(field("kind of frame", other.into())),
         };
         if bytes[1] > 1 {

@@ -305,7 +305,7 @@ fn play(steps: &[(prop::sample::Index, Step)]) {
             }
             Step::Round => {
                 let tasks: Vec<i32> = family.members.iter().map(|member| member.pid).collect();
-                let taken = tracker.take(&tasks).expect("is tracked");
+                let taken = tracker.take(&tasks).expect("is tracked").pages;
                 let skipped = arriving.take(&taken, Tasks::Running);
                 tracker.put_back(skipped);
                 family

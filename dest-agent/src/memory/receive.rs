@@ -177,6 +177,7 @@ impl Shared {
         match frame.header.kind {
             Kind::Batch => return Ok(store.apply(space, &frame.records)?),
             Kind::Content => self.add_content(space, &frame.records)?,
+            Kind::Forget => store.forget(space),
             Kind::End => {
                 // Said by each stream; content came over the first, before its end.
                 self.ended += 1;

@@ -182,6 +182,23 @@ impl PageStore {
         Ok(writes)
     }
 
+    /// An address space has ended: what it had makes room.
+    pub fn forget(&mut self, space: u32) {
+        for table in self.spaces.remove(&space).into_iter().flat_map(BTreeMap::into_values) {
+            self.tables -= 1;
+            table.iter().for_each(|slot| self.give_up(*slot));
+        }
+    }
+
+    fn give_up(&mut self, slot: u32) {
+        if let Some(uses) = self.uses.get_mut(slot as usize) {
+            *uses -= 1;
+            if *uses == 0 {
+                self.free.push(slot);
+            }
+        }
+    }
+
     /// A slot that is this page's alone: its own, if nobody shares it.
     fn slot_for(&mut self, space: u32, page: u64) -> Result<u32, StoreError> {
         let old = self.get(space, page);
@@ -232,12 +249,7 @@ impl PageStore {
         if let Some(uses) = self.uses.get_mut(slot as usize) {
             *uses += 1;
         }
-        if let Some(uses) = self.uses.get_mut(old as usize) {
-            *uses -= 1;
-            if *uses == 0 {
-                self.free.push(old);
-            }
-        }
+        self.give_up(old);
         Ok(())
     }
 
@@ -314,6 +326,9 @@ mod tests {
         assert!(matches!(error, StoreError::Full(bytes) if bytes == 2 * PAGE), "{error}");
         apply(&mut store, 1, &[record(10, 1, What::Zero)], &[]).expect("frees");
         apply(&mut store, 1, &[record(12, 1, What::Data)], &page(3)).expect("fits now");
+        store.forget(1);
+        assert_eq!(store.bytes(), 0);
+        apply(&mut store, 1, &[record(12, 2, What::Data)], &two).expect("fits again");
     }
 
     #[test]

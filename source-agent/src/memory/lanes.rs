@@ -85,6 +85,25 @@ impl Lanes {
         Ok(try_join_all(all).await?.into_iter().fold(Pumped::default(), Pumped::and))
     }
 
+    /// Address spaces have ended. Nothing may be under way: what comes next may be of others with the same numbers.
+    pub async fn forget(&self, spaces: &[u32]) -> Result<(), MemoryError> {
+        if spaces.is_empty() {
+            return Ok(());
+        }
+        let all = self.0.iter().enumerate().map(async |(number, lane)| {
+            let spaces = spaces.to_vec();
+            let work = move |pump: &mut Pump, link| {
+                pump.forget(&spaces);
+                if number == 0 {
+                    pump.tell_ended(&spaces, &link)?;
+                }
+                Ok(Pumped::default())
+            };
+            lane.run(work).await
+        });
+        try_join_all(all).await.map(drop)
+    }
+
     /// Tells which pages count in the end, and that this is the end.
     pub async fn finish(&self, tasks: &[Frozen]) -> Result<(), MemoryError> {
         let count = self.0.len() as u32;

@@ -216,11 +216,14 @@ impl Precopy {
         self.send(taken, Tasks::Running, start).await.map(drop)
     }
 
+    /// What was written; nothing of an earlier round is under way.
     async fn take(&self) -> Result<Vec<SpacePages>, MemoryError> {
         let tasks = self.freezer.tasks()?;
         let tracker = self.tracker.clone();
         let taken = tokio::task::spawn_blocking(move || lock(&tracker).take(&tasks)).await;
-        Ok(taken.map_err(|_| MemoryError::Panicked)??)
+        let taken = taken.map_err(|_| MemoryError::Panicked)??;
+        self.lanes.forget(&taken.ended).await?;
+        Ok(taken.pages)
     }
 
     /// Sends pages and waits until they are stored.

@@ -143,17 +143,18 @@ impl Pump {
         Ok(pumped)
     }
 
+    /// Address spaces have ended.
+    pub fn forget(&mut self, spaces: &[u32]) {
+        spaces.iter().for_each(|space| self.sent.forget(*space));
+    }
+
+    /// Tells the destination the same.
+    pub fn tell_ended(&self, spaces: &[u32], frames: &mpsc::Sender<Frame>) -> Result<(), PumpError> {
+        spaces.iter().try_for_each(|space| self.give(frames, frame(Kind::Forget, *space, Vec::new())).map(drop))
+    }
+
     /// Tells which pages count in the end, and that this is the end.
     pub fn finish(&self, tasks: &[Frozen], streams: u32, frames: &mpsc::Sender<Frame>) -> Result<(), PumpError> {
-        let frame = |kind, space, records: Vec<Record>| Frame {
-            kind,
-            space,
-            checksum: longhaul_common::pages::checksum(&longhaul_common::pages::encode_records(&records), &[]),
-            records,
-            payload: Vec::new(),
-            raw: 0,
-            packed: false,
-        };
         for task in tasks {
             for (ranges, what) in [(&task.later, What::Content), (&task.at_once, What::AtOnce)] {
                 let records: Vec<Record> = ranges
@@ -242,6 +243,19 @@ impl Pump {
         let waited = self.give(frames, frame)?;
         self.packing.note(raw, waited, self.in_flight.count());
         Ok(())
+    }
+}
+
+/// A frame without content.
+fn frame(kind: Kind, space: u32, records: Vec<Record>) -> Frame {
+    Frame {
+        kind,
+        space,
+        checksum: longhaul_common::pages::checksum(&longhaul_common::pages::encode_records(&records), &[]),
+        records,
+        payload: Vec::new(),
+        raw: 0,
+        packed: false,
     }
 }
 

@@ -71,6 +71,14 @@ impl Sent {
         Some(what)
     }
 
+    /// An address space has ended, and the destination has nothing of it any more.
+    pub(super) fn forget(&mut self, space: u32) {
+        for (_, table) in self.contents.extract_if(|(of, _), _| *of == space) {
+            self.remembered -= table.iter().filter(|hash| **hash != UNKNOWN).count();
+        }
+        // What refers to it is found wrong when it is looked up, and is replaced then.
+    }
+
     fn content(&self, (space, page): Place) -> u128 {
         self.contents.get(&(space, page / TABLE)).map_or(UNKNOWN, |table| table[(page % TABLE) as usize])
     }
@@ -114,5 +122,8 @@ mod tests {
         assert_eq!(sent.look((2, 5), &one), Some(What::Data));
         assert_eq!(sent.look((2, 6), &vec![0; PAGE_BYTES]), Some(What::Zero));
         assert_eq!(sent.look((2, 6), &vec![0; PAGE_BYTES]), None);
+        sent.forget(2);
+        assert_eq!(sent.look((2, 6), &vec![0; PAGE_BYTES]), Some(What::Zero));
+        assert_eq!(sent.look((3, 7), &one), Some(What::Data));
     }
 }

@@ -67,6 +67,16 @@ impl SpacePages {
     }
 }
 
+/// What one round found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// Address spaces that were there in the last round and are no more, as the container numbers their tasks. A number may
+    /// be that of another one now.
+    pub ended: Vec<u32>,
+    /// What was written.
+    pub pages: Vec<SpacePages>,
+}
+
 /// The memory of a task of a frozen container.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Frozen {
@@ -90,7 +100,7 @@ pub trait Tracker: Send {
     /// The name of the mechanism, for the report.
     fn name(&self) -> &'static str;
     /// What was written since the last call; in the first, all there is.
-    fn take(&mut self, tasks: &[i32]) -> Result<Vec<SpacePages>, TrackError>;
+    fn take(&mut self, tasks: &[i32]) -> Result<Taken, TrackError>;
     /// Gives back what was taken.
     fn put_back(&mut self, pages: Vec<SpacePages>);
     /// What was written since the last call, and what there is, once all tasks are frozen.
@@ -105,6 +115,7 @@ pub struct WriteProtect {
     init: i32,
     spaces: BTreeMap<i32, Space>,
     owed: Vec<SpacePages>,
+    ended: Vec<u32>,
     longest_stop: Duration,
 }
 
@@ -139,7 +150,7 @@ fn backing(private: &Private) -> Backing {
 impl WriteProtect {
     /// For the container whose first task is `init`.
     pub fn new(init: i32) -> Self {
-        Self { init, spaces: BTreeMap::new(), owed: Vec::new(), longest_stop: Duration::ZERO }
+        Self { init, spaces: BTreeMap::new(), owed: Vec::new(), ended: Vec::new(), longest_stop: Duration::ZERO }
     }
 
     fn arm(&mut self, pid: i32) -> Result<Space, TrackError> {
@@ -171,6 +182,8 @@ impl WriteProtect {
         let first = follow(&mut space, pid, &mut ranges);
         if let Err(Followed::OtherSpace) = first {
             // The task executed another program, or its number is another task's now.
+            self.ended.push(space.number);
+            self.owed.retain(|owed| owed.pid != pid);
             space = self.arm(pid)?;
             ranges.clear();
             follow(&mut space, pid, &mut ranges).map_err(|error| error.of(pid))?;
@@ -265,9 +278,14 @@ impl Tracker for WriteProtect {
         "userfaultfd-wp"
     }
 
-    fn take(&mut self, tasks: &[i32]) -> Result<Vec<SpacePages>, TrackError> {
-        self.spaces.retain(|pid, _| tasks.contains(pid));
-        let mut taken = std::mem::take(&mut self.owed);
+    fn take(&mut self, tasks: &[i32]) -> Result<Taken, TrackError> {
+        self.spaces.retain(|pid, space| {
+            let lives = tasks.contains(pid);
+            self.ended.extend((!lives).then_some(space.number));
+            lives
+        });
+        self.owed.retain(|owed| tasks.contains(&owed.pid));
+        let mut taken = Vec::new();
         for &pid in tasks {
             if !self.spaces.contains_key(&pid) && (self.is_borrower(pid) || has_direct_io(pid)) {
                 continue;
@@ -278,12 +296,13 @@ impl Tracker for WriteProtect {
                 Err(TrackError::Inject(error)) => tracing::debug!(pid, %error, "a task is not tracked in this round"),
                 Err(TrackError::Look { source, .. }) if is_gone(&source) => {}
                 Err(error) => {
-                    self.owed = taken;
+                    self.owed.extend(taken);
                     return Err(error);
                 }
             }
         }
-        Ok(taken)
+        taken.append(&mut self.owed);
+        Ok(Taken { ended: std::mem::take(&mut self.ended), pages: taken })
     }
 
     fn put_back(&mut self, pages: Vec<SpacePages>) {
