@@ -55,6 +55,10 @@ enum Command {
     Memcheck(tool::memcheck::Command),
     /// Fill memory and sleep
     IdleMemory(tool::idle::Options),
+    /// Fill memory of every kind and sleep
+    VariedMemory(tool::varied::Options),
+    /// Hash each area of a process's address space
+    AddressHash(tool::address_hash::Options),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -76,6 +80,8 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Selfcheck(command) => tool::selfcheck::run(command)?,
         Command::Memcheck(command) => tool::memcheck::run(command)?,
         Command::IdleMemory(options) => tool::idle::run(&options)?,
+        Command::VariedMemory(options) => tool::varied::run(&options)?,
+        Command::AddressHash(options) => tool::address_hash::run(&options)?,
     };
     Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
