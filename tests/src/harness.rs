@@ -89,7 +89,7 @@ fn indent(text: &str) -> String {
 }
 
 /// The last lines of the agents' logs.
-fn logs(lab: &Lab) -> String {
+pub(crate) fn logs(lab: &Lab) -> String {
     let mut text = String::new();
     for host in &lab.hosts {
         for agent in [agents::Agent::Source, agents::Agent::Dest] {
@@ -105,7 +105,7 @@ fn logs(lab: &Lab) -> String {
 }
 
 /// Ends the containers that a scenario started, as an operator would.
-fn tidy(host: &Host) -> Result<()> {
+pub(crate) fn tidy(host: &Host) -> Result<()> {
     host.sh(
         "for id in $(runc list -q); do runc delete --force $id; done; \
          for mount in $(awk '$2 ~ /^\\/srv\\/(containers|volumes|disk)/ {print $2}' /proc/mounts); do umount -l $mount; done; \
@@ -115,7 +115,7 @@ fn tidy(host: &Host) -> Result<()> {
 }
 
 /// After a scenario nothing of any move may be left.
-fn must_be_clean(host: &Host) -> Result<()> {
+pub(crate) fn must_be_clean(host: &Host) -> Result<()> {
     let script = r#"
         # A namespace's interfaces go some time after its last task.
         for try in $(seq 100); do

@@ -17,3 +17,4 @@ pub mod image;
 pub mod lab;
 pub mod machine;
 pub mod scenarios;
+pub mod soak;

@@ -287,7 +287,15 @@ fn read(pid: i32, addresses: &mut Vec<u64>, buffer: &mut [u8], tasks: Tasks) -> 
         let remote = runs(&addresses[done..]);
         let mut local = [IoSliceMut::new(&mut buffer[done * PAGE_BYTES..addresses.len() * PAGE_BYTES])];
         // A read ends early at the first page it can't reach.
-        done += process_vm_readv(Pid::from_raw(pid), &mut local, &remote).unwrap_or(0) / PAGE_BYTES;
+        match process_vm_readv(Pid::from_raw(pid), &mut local, &remote) {
+            Ok(bytes) => done += bytes / PAGE_BYTES,
+            // It has ended: nothing of it is needed any more.
+            Err(nix::errno::Errno::ESRCH) if tasks == Tasks::Running => {
+                addresses.truncate(done);
+                break;
+            }
+            Err(_) => {}
+        }
         let Some(&address) = addresses.get(done) else { break };
         let page = &mut buffer[done * PAGE_BYTES..(done + 1) * PAGE_BYTES];
         // Without read permission of its own (PROT_NONE) it is still readable here (mem_rw in fs/proc/base.c).
@@ -342,5 +350,11 @@ mod tests {
         let skipped = read(pid, &mut addresses, &mut buffer, Tasks::Running).expect("reads");
         assert_eq!((addresses, skipped), (vec![start, start + PAGE], vec![4096]));
         assert_eq!(buffer[..2 * PAGE_BYTES], source[offset..offset + 2 * PAGE_BYTES]);
+        let ended = std::process::Command::new("true").spawn().and_then(|mut child| {
+            child.wait()?;
+            Ok(child.id().cast_signed())
+        });
+        let skipped = read(ended.expect("ran"), &mut vec![start], &mut buffer, Tasks::Running).expect("is no failure");
+        assert!(skipped.is_empty(), "a task that has ended owes nothing");
     }
 }

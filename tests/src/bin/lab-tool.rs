@@ -57,6 +57,10 @@ enum Command {
     MemorySubject(tool::subject::Options),
     /// Fill memory and sleep
     IdleMemory(tool::idle::Options),
+    /// Fill memory of every kind and sleep
+    VariedMemory(tool::varied::Options),
+    /// Hash each area of a process's address space
+    AddressHash(tool::address_hash::Options),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -79,6 +83,8 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Memcheck(command) => tool::memcheck::run(command)?,
         Command::MemorySubject(options) => tool::subject::run(&options)?,
         Command::IdleMemory(options) => tool::idle::run(&options)?,
+        Command::VariedMemory(options) => tool::varied::run(&options)?,
+        Command::AddressHash(options) => tool::address_hash::run(&options)?,
     };
     Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

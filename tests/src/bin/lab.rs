@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use longhaul_lab::container::{ContainerSpec, Rootfs};
 use longhaul_lab::harness::Counts;
 use longhaul_lab::lab::Lab;
-use longhaul_lab::{agents, bench, demo, enter, harness, host_init, machine, scenarios};
+use longhaul_lab::{agents, bench, demo, enter, harness, host_init, machine, scenarios, soak};
 
 #[derive(Parser)]
 #[command(name = "cargo lab", about = "Two real hosts on one machine: demo, tests, benchmarks", version)]
@@ -37,6 +37,8 @@ enum Command {
         #[command(subcommand)]
         what: BenchCommand,
     },
+    /// Move containers that check themselves to and fro, with mishaps, by a seed
+    Soak(soak::Options),
     /// Bring up hosts that stay up
     Up {
         /// How many hosts
@@ -129,6 +131,10 @@ fn run(command: Command) -> Result<i32> {
         Command::Bench { what: BenchCommand::Blackout { json, only, samples } } => {
             prepare()?;
             Ok(i32::from(!bench::blackout(json, &only, samples)?))
+        }
+        Command::Soak(options) => {
+            prepare()?;
+            Ok(i32::from(!soak::run(&options)?))
         }
         Command::Up { hosts } => {
             prepare()?;

@@ -1,9 +1,12 @@
 //! Memory that is copied while the container runs arrives as it was.
 
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::{Stage, counter, migrate, must_have_counted_on, redis, runs};
+use super::{Stage, counter, migrate, must_have_counted_on, redis, runs, settle};
 use crate::client::Client;
 use crate::container::ContainerSpec;
 use crate::harness::Scenario;
@@ -13,6 +16,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
         Scenario { name: "memory under heavy change checks itself after many moves", run: many_moves },
         Scenario { name: "memory checks itself where the move was given up", run: given_up },
+        Scenario { name: "every byte of an address space is the same after a move", run: same_bytes },
         Scenario { name: "a filler that is killed is started again and nothing is lost", run: filler_killed },
         Scenario { name: "memory goes on being filled in without its agent", run: agent_killed },
         Scenario { name: "a page connection that breaks goes on where it stopped", run: connection_broken },
@@ -42,7 +46,7 @@ fn memcheck(host: &Host, client: &Host, mib: &str, rate: &str) -> Result<()> {
         MEMCHECK,
     ];
     let words = words.map(|word| if word == MEMCHECK { "0.0.0.0:7003" } else { word });
-    ContainerSpec::new("memory", std::net::Ipv4Addr::new(10, 77, 0, 26), &words).start(host)?;
+    ContainerSpec::new("memory", Ipv4Addr::new(10, 77, 0, 26), &words).start(host)?;
     client.sh(&format!("lab-tool wait-port {MEMCHECK} --seconds 20")).map(drop)
 }
 
@@ -77,17 +81,107 @@ fn many_moves(lab: &Lab) -> Result<()> {
 fn given_up(lab: &Lab) -> Result<()> {
     let stage = Stage::of(lab)?;
     memcheck(stage.a, stage.c, "64", "20000")?;
-    // CRIU there can't restore: everything before it works, the freeze included.
-    stage.b.sh("mv /usr/sbin/criu /usr/sbin/criu.away; printf '#!/bin/sh\\n[ \"$1\" = swrk ] && exit 1\\nexec /usr/sbin/criu.away \"$@\"\\n' > /usr/sbin/criu; chmod +x /usr/sbin/criu")?;
-    let mut outcomes = Vec::new();
-    for _ in 0..3 {
-        outcomes.push(migrate(stage.a, &["memory", "--to", &stage.b.name, "-q"])?.code);
-        must_be_right(stage.c)?;
-    }
-    stage.b.sh("mv /usr/sbin/criu.away /usr/sbin/criu")?;
-    ensure!(outcomes.iter().all(|code| *code == 1), "ended with {outcomes:?}");
+    without_restore(stage.b, || {
+        for _ in 0..3 {
+            must_be_given_up("memory", stage.a, stage.b)?;
+            must_be_right(stage.c)?;
+        }
+        Ok(())
+    })?;
     moved("memory", stage.a, stage.b, &["--timeout-action", "freeze"])?;
     must_be_right(stage.c)
+}
+
+/// CRIU on a host can't restore meanwhile, for want of a capability: everything before it works, the freeze included.
+fn without_restore(host: &Host, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    host.sh("mv /usr/sbin/criu /usr/sbin/criu.away; \
+         printf '#!/bin/sh\\nexec setpriv --bounding-set -sys_admin --inh-caps -sys_admin %s \"$@\"\\n' \
+           /usr/sbin/criu.away > /usr/sbin/criu; \
+         chmod +x /usr/sbin/criu")?;
+    let result = work();
+    host.sh("mv /usr/sbin/criu.away /usr/sbin/criu")?;
+    result
+}
+
+/// A move to a host where CRIU can't restore ends there, after the container was frozen.
+fn must_be_given_up(name: &str, from: &Host, to: &Host) -> Result<()> {
+    let said = migrate(from, &[name, "--to", &to.name, "-q", "--timeout-action", "freeze"])?;
+    let frozen = ["final-state", "restore"].iter().any(|phase| said.report["phase"] == *phase);
+    ensure!(said.code == 1 && frozen, "it was not given up while frozen: {}", said.text());
+    Ok(())
+}
+
+fn same_bytes(lab: &Lab) -> Result<()> {
+    const NAME: &str = "varied";
+    let stage = Stage::of(lab)?;
+    let mut spec = ContainerSpec::new(NAME, Ipv4Addr::new(10, 77, 0, 27), &["lab-tool", "varied-memory"]);
+    spec.address = None;
+    spec.start(stage.a)?;
+    let log = spec.log();
+    stage.a.sh(&format!("for i in $(seq 400); do grep -q ready {log} && exit 0; sleep 0.05; done; exit 1"))?;
+    let before = AddressSpace::all_of(stage.a, NAME)?;
+    ensure!(before.len() == 2, "{} processes, not the first and its child", before.len());
+
+    without_restore(stage.b, || must_be_given_up(NAME, stage.a, stage.b))?;
+    must_be_same(&before, stage.a, NAME).context("after a move that was given up")?;
+    let report = moved(NAME, stage.a, stage.b, &[])?;
+    ensure!(report["memory"]["path"] == "lazy", "{}", report["memory"]);
+    must_be_same(&before, stage.b, NAME).context("after a move")?;
+    moved(NAME, stage.b, stage.a, &["--eager"])?;
+    must_be_same(&before, stage.a, NAME).context("after an eager move")
+}
+
+/// A process's memory: a hash for each area, under its addresses, permissions, flags and name.
+struct AddressSpace {
+    /// In the container's numbering, which a move keeps.
+    pid: u64,
+    areas: BTreeMap<String, String>,
+}
+
+impl AddressSpace {
+    /// Those of all processes of a container, in the order of their numbers.
+    fn all_of(host: &Host, container: &str) -> Result<Vec<Self>> {
+        let list = host.sh(&format!("runc ps --format json {container}"))?;
+        let pids: Vec<u64> = serde_json::from_str(list.trim()).context("read the container's processes")?;
+        let mut all = pids.into_iter().map(|pid| Self::of(host, pid)).collect::<Result<Vec<Self>>>()?;
+        all.sort_by_key(|space| space.pid);
+        Ok(all)
+    }
+
+    fn of(host: &Host, pid: u64) -> Result<Self> {
+        let said: Value = serde_json::from_str(&host.sh(&format!("lab-tool address-hash --pid {pid}"))?)?;
+        let areas = said["areas"].as_array().context("no areas")?.iter().map(|area| {
+            let text = |key: &str| area[key].as_str().unwrap_or_default().to_owned();
+            let content = format!("{} ({} pages unreadable)", text("hash"), area["unreadable_pages"]);
+            let area = [text("range"), text("perms"), text("flags"), text("name")].join(" ");
+            (area, content)
+        });
+        Ok(Self { pid: said["pid"].as_u64().context("no pid")?, areas: areas.collect() })
+    }
+
+    /// What is not as it was, an area a line.
+    fn differences(&self, now: &Self) -> Vec<String> {
+        let gone = self.areas.iter().filter_map(|(area, before)| match now.areas.get(area) {
+            Some(after) if after == before => None,
+            Some(after) => Some(format!("{area}: {before} became {after}")),
+            None => Some(format!("{area}: is gone")),
+        });
+        let new = now.areas.keys().filter(|area| !self.areas.contains_key(*area));
+        gone.chain(new.map(|area| format!("{area}: is new")))
+            .map(|what| format!("process {}: {what}", self.pid))
+            .collect()
+    }
+}
+
+/// Compares once all memory is in place.
+fn must_be_same(before: &[AddressSpace], host: &Host, container: &str) -> Result<()> {
+    settle(host)?;
+    let after = AddressSpace::all_of(host, container)?;
+    let pids = |spaces: &[AddressSpace]| spaces.iter().map(|space| space.pid).collect::<Vec<_>>();
+    ensure!(pids(before) == pids(&after), "processes {:?} became {:?}", pids(before), pids(&after));
+    let differences: Vec<String> = before.iter().zip(&after).flat_map(|(was, is)| was.differences(is)).collect();
+    ensure!(differences.is_empty(), "{}", differences.join("\n"));
+    Ok(())
 }
 
 /// A redis with so much content that filling it in takes a while, and what it says of all of it.

@@ -109,6 +109,11 @@ fn move_to(container: &str, from: &Host, to: &Host) -> Result<Value> {
     Ok(said.report)
 }
 
+/// Waits until all memory of the containers that came here is in place.
+pub(crate) fn settle(host: &Host) -> Result<()> {
+    host.sh("for i in $(seq 600); do pgrep -x longhaul-fill >/dev/null || exit 0; sleep 0.1; done; exit 1").map(drop)
+}
+
 fn runs(host: &Host, container: &str) -> Result<bool> {
     let output = host.output(["runc", "state", container])?;
     Ok(String::from_utf8_lossy(&output.stdout).contains("\"status\": \"running\""))

@@ -1,6 +1,7 @@
 //! The parts of `lab-tool`, one concept a file. Unsafe code lives below [`sys`] only.
 #![deny(unsafe_code)]
 
+pub(crate) mod address_hash;
 pub(crate) mod check;
 pub(crate) mod game;
 pub(crate) mod gap;
@@ -19,4 +20,5 @@ pub(crate) mod subject;
 pub(crate) mod sys;
 pub(crate) mod tls_pipe;
 pub(crate) mod udp;
+pub(crate) mod varied;
 pub(crate) mod wait_port;

@@ -1,10 +1,11 @@
 //! Changes to the address space itself: map, unmap, move, discard, fork with copy on write.
 
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::page;
-use super::slice::Kind;
+use super::slice::{self, Kind};
 use crate::tool::idle::xorshift;
 use crate::tool::sys::mem::{PAGE, PAGE_WORDS, Region};
 use crate::tool::sys::process;
@@ -24,12 +25,20 @@ pub(super) struct Churn {
     generation: u64,
     random: u64,
     region: Option<Region>,
+    /// A file of zeroes.
+    path: PathBuf,
 }
 
 impl Churn {
     /// Nothing is mapped yet; `seed` decides the order of what is done.
     pub(super) fn new(seed: u64) -> Self {
-        Self { kind: seed as usize, generation: 0, random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1, region: None }
+        Self {
+            kind: seed as usize,
+            generation: 0,
+            random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+            region: None,
+            path: slice::path(&format!("churn-{seed:x}")),
+        }
     }
 
     /// Does one step and verifies what it left.
@@ -38,7 +47,7 @@ impl Churn {
         let Some(mut region) = self.region.take() else {
             self.generation += 1;
             self.kind += 1;
-            let mut region = Kind::nth(self.kind).map(PAGES * PAGE)?;
+            let mut region = Kind::nth(self.kind).map(PAGES * PAGE, &self.path)?;
             fill(&mut region, self.generation);
             self.region = Some(region);
             return Ok(Vec::new());
@@ -78,15 +87,10 @@ fn stretch(region: &mut Region, generation: u64) -> anyhow::Result<Vec<String>> 
     Ok(failures)
 }
 
-/// Whether writes of a forked child are its own.
-fn is_private(kind: usize) -> bool {
-    matches!(Kind::nth(kind), Kind::Private | Kind::Huge)
-}
-
 /// A child verifies what it inherited, writes to every second page and lives on for a while. The child only computes on
 /// memory that it owns: its parent has other threads.
 fn copy_on_write(region: &mut Region, generation: u64, kind: usize) -> anyhow::Result<Vec<String>> {
-    if !is_private(kind) {
+    if !Kind::nth(kind).is_private() {
         return Ok(Vec::new());
     }
     let right = |page: &[u64], index: usize, counter| page::is_right(page, FIRST_ID + index as u64, counter);
@@ -115,7 +119,7 @@ fn copy_on_write(region: &mut Region, generation: u64, kind: usize) -> anyhow::R
 
 /// Discards every third page of a private mapping, which splits huge pages: they read as zeroes.
 fn discard(region: &mut Region, kind: usize) -> anyhow::Result<Vec<String>> {
-    if !is_private(kind) {
+    if !Kind::nth(kind).can_discard() {
         return Ok(Vec::new());
     }
     for index in (0..PAGES).step_by(3) {

@@ -2,6 +2,7 @@
 //! counters are kept a second time elsewhere, so that lost, mixed up, torn and stale pages all show.
 
 mod churn;
+mod common;
 mod page;
 mod process;
 mod slice;
@@ -10,12 +11,14 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
+use self::common::Common;
 use self::process::{Plan, Summary, Writers};
 use super::check::{self, Server};
 use super::pace::TICK;
@@ -79,14 +82,16 @@ fn run_workload(options: &RunOptions) -> anyhow::Result<bool> {
         churn: !options.no_churn,
         seed: options.seed,
     };
+    // One process shares with nobody.
+    let common = if procs > 1 { Some(Arc::new(Common::create()?)) } else { None };
     // The children first: a fork wants a process with one thread.
     let mut children = Vec::new();
     for index in 1..procs {
-        let child = Child::fork(plan(index), &mut children)?;
+        let child = Child::fork(plan(index), common.as_ref(), &mut children)?;
         children.push(child);
     }
     let server = Server::bind(options.listen)?;
-    let writers = Writers::start(plan(0))?;
+    let writers = Writers::start(plan(0), common.as_ref())?;
     for child in &mut children {
         child.verify().context("start a process")?;
     }
@@ -122,7 +127,7 @@ struct Child {
 }
 
 impl Child {
-    fn fork(plan: Plan, siblings: &mut Vec<Child>) -> anyhow::Result<Self> {
+    fn fork(plan: Plan, common: Option<&Arc<Common>>, siblings: &mut Vec<Child>) -> anyhow::Result<Self> {
         let (parent_end, child_end) = UnixStream::pair()?;
         parent_end.set_read_timeout(Some(VERIFY_TIMEOUT))?;
         let mut parent_end = Some(parent_end);
@@ -130,7 +135,7 @@ impl Child {
             // These ends belong to the parent: while they are open here, its end goes unnoticed.
             siblings.clear();
             parent_end = None;
-            match serve(plan, child_end) {
+            match serve(plan, common, child_end) {
                 Ok(()) => 0,
                 Err(error) => {
                     eprintln!("process {}: {error:#}", plan.index);
@@ -152,10 +157,10 @@ impl Child {
     }
 }
 
-fn serve(plan: Plan, control: UnixStream) -> anyhow::Result<()> {
+fn serve(plan: Plan, common: Option<&Arc<Common>>, control: UnixStream) -> anyhow::Result<()> {
     sys::process::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as u64)?;
     sys::process::set_name(c"mc-child")?;
-    let writers = Writers::start(plan)?;
+    let writers = Writers::start(plan, common)?;
     let mut requests = BufReader::new(control);
     let mut line = String::new();
     while requests.read_line(&mut line)? > 0 {

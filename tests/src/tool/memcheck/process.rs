@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::churn::Churn;
+use super::common::{Common, Share};
 use super::slice::{Kind, Slice};
 use crate::tool::check::Failures;
 use crate::tool::sys::mem::PAGE;
@@ -16,6 +17,24 @@ const BATCH: Duration = Duration::from_millis(5);
 const MOST_DEBT: Duration = Duration::from_millis(20);
 /// Pause between two changes of the address space.
 const CHURN_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Updates a second that each process makes to the memory of all.
+const COMMON_RATE: f64 = 1000.0;
+
+/// Memory that knows what it should hold.
+pub(super) trait Memory: Send {
+    /// How many pages there are.
+    fn pages(&self) -> usize;
+
+    /// Verifies one page and writes its next state.
+    fn update(&mut self) -> Result<(), String>;
+
+    /// Verifies all pages.
+    fn verify(&self) -> Vec<String>;
+}
+
+/// Memory of which one thread writes at a time.
+type Shelf = Arc<Mutex<dyn Memory>>;
 
 /// What one process is to do.
 #[derive(Clone, Copy, Debug)]
@@ -36,31 +55,32 @@ pub(super) struct Plan {
 
 /// The running writers of this process.
 pub(super) struct Writers {
-    slices: Vec<Arc<Mutex<Slice>>>,
+    shelves: Vec<Shelf>,
     churn: Arc<Mutex<Churn>>,
     failures: Arc<Mutex<Failures>>,
     updates: Arc<AtomicU64>,
 }
 
 impl Writers {
-    /// Maps the memory and starts the threads.
-    pub(super) fn start(plan: Plan) -> anyhow::Result<Self> {
+    /// Maps the memory and starts the threads; `common` is what all processes share.
+    pub(super) fn start(plan: Plan, common: Option<&Arc<Common>>) -> anyhow::Result<Self> {
         let failures = Arc::new(Mutex::new(Failures::default()));
         let updates = Arc::new(AtomicU64::new(0));
         let pages = (plan.bytes / PAGE / plan.threads).max(1);
-        let mut slices = Vec::new();
+        let rate = plan.rate as f64 / plan.threads as f64;
+        let mut writers: Vec<(Shelf, f64)> = Vec::new();
         for thread in 0..plan.threads {
             let first_id = ((plan.index * plan.threads + thread) as u64) << 24;
             let slice = Slice::create(Kind::nth(plan.index + thread), pages, first_id, plan.seed)?;
-            slices.push(Arc::new(Mutex::new(slice)));
+            writers.push((Arc::new(Mutex::new(slice)), rate));
         }
-        for (thread, slice) in slices.iter().enumerate() {
-            let writer = Writer {
-                slice: Arc::clone(slice),
-                failures: Arc::clone(&failures),
-                updates: Arc::clone(&updates),
-                rate: plan.rate as f64 / plan.threads as f64,
-            };
+        if let Some(common) = common {
+            let share = Share::new(Arc::clone(common), plan.seed + plan.index as u64);
+            writers.push((Arc::new(Mutex::new(share)), COMMON_RATE));
+        }
+        let shelves = writers.iter().map(|(shelf, _)| Arc::clone(shelf)).collect();
+        for (thread, (shelf, rate)) in writers.into_iter().enumerate() {
+            let writer = Writer { shelf, failures: Arc::clone(&failures), updates: Arc::clone(&updates), rate };
             thread::Builder::new().name(format!("mc-writer-{thread}")).spawn(move || writer.write_for_ever())?;
         }
         let churn = Arc::new(Mutex::new(Churn::new(plan.seed + plan.index as u64)));
@@ -68,19 +88,19 @@ impl Writers {
             let (churn, failures) = (Arc::clone(&churn), Arc::clone(&failures));
             thread::Builder::new().name("mc-churn".into()).spawn(move || churn_for_ever(&churn, &failures))?;
         }
-        Ok(Self { slices, churn, failures, updates })
+        Ok(Self { shelves, churn, failures, updates })
     }
 
     /// Pauses all threads, verifies all pages, and lets the threads go on.
     pub(super) fn verify(&self) -> Summary {
         let _still = lock(&self.churn);
-        let paused: Vec<MutexGuard<'_, Slice>> = self.slices.iter().map(|slice| lock(slice)).collect();
+        let paused: Vec<MutexGuard<'_, dyn Memory>> = self.shelves.iter().map(|shelf| lock(shelf)).collect();
         let mut failures = lock(&self.failures);
-        for slice in &paused {
-            slice.verify().into_iter().for_each(|failure| failures.add(failure));
+        for memory in &paused {
+            memory.verify().into_iter().for_each(|failure| failures.add(failure));
         }
         Summary {
-            pages: paused.iter().map(|slice| slice.pages()).sum(),
+            pages: paused.iter().map(|memory| memory.pages()).sum(),
             updates: self.updates.load(Ordering::Relaxed),
             failures: failures.all().to_vec(),
         }
@@ -98,12 +118,12 @@ pub(super) struct Summary {
     pub(super) failures: Vec<String>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Writer {
-    slice: Arc<Mutex<Slice>>,
+    shelf: Shelf,
     failures: Arc<Mutex<Failures>>,
     updates: Arc<AtomicU64>,
     rate: f64,
@@ -125,9 +145,9 @@ impl Writer {
     }
 
     fn write_batch(&self, batch: u64) {
-        let mut slice = lock(&self.slice);
+        let mut memory = lock(&self.shelf);
         for _ in 0..batch {
-            if let Err(failure) = slice.update() {
+            if let Err(failure) = memory.update() {
                 lock(&self.failures).add(failure);
             }
         }

@@ -10,6 +10,8 @@ use super::check;
 
 /// The page size of every machine the lab runs on.
 pub(crate) const PAGE: usize = 4096;
+/// The size of the huge pages that are asked for.
+pub(crate) const HUGE_PAGE: usize = 2 << 20;
 /// 64-bit words in a page.
 pub(crate) const PAGE_WORDS: usize = PAGE / 8;
 
@@ -37,6 +39,17 @@ impl Region {
     /// Maps `length` bytes of zeroes, rounded up to whole pages.
     pub(crate) fn anonymous(length: usize, sharing: Sharing) -> io::Result<Self> {
         Self::map(length, sharing, libc::MAP_ANONYMOUS, -1)
+    }
+
+    /// The same as private memory in a mapping that grows downwards, as a stack does.
+    pub(crate) fn growing_down(length: usize) -> io::Result<Self> {
+        Self::map(length, Sharing::Private, libc::MAP_ANONYMOUS | libc::MAP_GROWSDOWN, -1)
+    }
+
+    /// The same as private memory in pages of [`HUGE_PAGE`] bytes, which the machine must have set aside.
+    pub(crate) fn huge_pages(pages: usize) -> io::Result<Self> {
+        let flags = libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
+        Self::map(pages * HUGE_PAGE, Sharing::Private, flags, -1)
     }
 
     /// Maps the first `length` bytes of a file. Nobody may truncate it while it is mapped.
@@ -117,8 +130,17 @@ impl Region {
 
     /// Makes the mapping inaccessible. It consumes the region, so that nobody can touch it; returns its address.
     pub(crate) fn into_guard(self) -> io::Result<usize> {
+        self.leave_with(libc::PROT_NONE)
+    }
+
+    /// Makes the mapping read-only. It consumes the region, so that nobody can write to it; returns its address.
+    pub(crate) fn into_read_only(self) -> io::Result<usize> {
+        self.leave_with(libc::PROT_READ)
+    }
+
+    fn leave_with(self, protection: i32) -> io::Result<usize> {
         // SAFETY: the range is our own mapping and no slice of it is left.
-        check(unsafe { libc::mprotect(self.base.as_ptr().cast(), self.length, libc::PROT_NONE) })?;
+        check(unsafe { libc::mprotect(self.base.as_ptr().cast(), self.length, protection) })?;
         let address = self.address();
         std::mem::forget(self);
         Ok(address)

@@ -8,6 +8,7 @@ pub(crate) mod lock;
 pub(crate) mod mem;
 pub(crate) mod mutex;
 pub(crate) mod process;
+pub(crate) mod rseq;
 pub(crate) mod signal;
 
 use std::io;

@@ -52,6 +52,14 @@ impl SharedCounter {
 
     /// Adds 1 under the mutex and returns the new count.
     pub(crate) fn increment(&self) -> io::Result<u64> {
+        self.with_lock(|count| {
+            *count += 1;
+            *count
+        })
+    }
+
+    /// Does something with the count, and with what else is guarded, under the mutex.
+    pub(crate) fn with_lock<T>(&self, work: impl FnOnce(&mut u64) -> T) -> io::Result<T> {
         let content = self.content();
         // SAFETY: the mutex is initialised; the counter is only touched while it is held.
         unsafe {
@@ -59,10 +67,9 @@ impl SharedCounter {
                 0 => {}
                 error => return Err(io::Error::from_raw_os_error(error)),
             }
-            *content.counter.get() += 1;
-            let count = *content.counter.get();
+            let result = work(&mut *content.counter.get());
             libc::pthread_mutex_unlock(content.mutex.get());
-            Ok(count)
+            Ok(result)
         }
     }
 
