@@ -1,6 +1,7 @@
 //! Pages that must be in place before the container runs: what tasks wrote into private mappings of files, locked memory,
 //! huge pages. CRIU restores such areas at once, from its images; these pages are not there, so they are written into the
-//! restored tasks while those are stopped before their first instruction.
+//! restored tasks while those are stopped before their first instruction. Pages that may come later as well are put in place if
+//! something is there already: a task inherits what its parent had when CRIU forked it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
@@ -66,17 +67,40 @@ pub fn place(dir: &Path, init: i32) -> Result<u64, PlaceError> {
     for (space, path) in indexes {
         let is_it = |pid: &&i32| inner_pid(**pid, init) == Some(space);
         let pid = *tasks.iter().find(is_it).ok_or(PlaceError::Task(space))?;
-        let mut task = Task { pid, mem: None };
+        let task = Task::open(pid).map_err(failed)?;
+        let later = Index::path(dir, Due::Later, space);
+        let later = if later.exists() { Index::read(&later).map_err(failed)? } else { Index::default() };
         let mut plan = Plan::default();
         plan.add(space.into(), Arc::new(Index::read(&path).map_err(failed)?));
         while let Some(run) = plan.next(SpaceId::from(space), CHUNK) {
             let content = content(&slots, run).ok_or_else(|| failed(io::Error::other("an index is damaged")))?;
-            let write = |source| PlaceError::Write { address: run.page * PAGE, space, source };
-            task.write(run.page * PAGE, content, run.count).map_err(write)?;
-            if run.entry & SHARED == 0 {
+            let may_come_later = (run.page..run.page + run.count).any(|page| later.has(page));
+            if !may_come_later && run.entry != ZERO && task.write_all(run.page * PAGE, content) {
+                placed += run.count;
+            } else {
+                placed += one_by_one(&task, run, content, &later).map_err(|(address, source)| PlaceError::Write {
+                    address,
+                    space,
+                    source,
+                })?;
+            }
+            if run.entry & SHARED == 0 && !may_come_later {
                 free_slots(&slots_file, run.entry, run.count * PAGE);
             }
-            placed += run.count;
+        }
+    }
+    Ok(placed)
+}
+
+/// Puts the pages of a run in place that must not come later; how many.
+fn one_by_one(task: &Task, run: Run, content: &[u8], later: &Index) -> Result<u64, (u64, io::Error)> {
+    let mut placed = 0;
+    for (page, content) in (run.page..run.page + run.count).zip(content.chunks(PAGE as usize).cycle()) {
+        match task.write(page * PAGE, content) {
+            Ok(()) => placed += 1,
+            // No page is there: the filler will bring it.
+            Err(_) if later.has(page) => {}
+            Err(source) => return Err((page * PAGE, source)),
         }
     }
     Ok(placed)
@@ -92,26 +116,29 @@ fn content(slots: &Mapping, run: Run) -> Option<&[u8]> {
 }
 
 struct Task {
-    pid: i32,
-    mem: Option<File>,
+    pid: Pid,
+    mem: File,
 }
 
 impl Task {
-    /// Writes `content` again and again until `pages` are full.
-    fn write(&mut self, address: u64, content: &[u8], pages: u64) -> io::Result<()> {
-        for at in (address..address + pages * PAGE).step_by(content.len()) {
-            let remote = [RemoteIoVec { base: at as usize, len: content.len() }];
-            let written = process_vm_writev(Pid::from_raw(self.pid), &[IoSlice::new(content)], &remote).unwrap_or(0);
-            if written < content.len() {
-                // An area the task may not write now, like the relocated parts of a program: through here it goes
-                // (`FOLL_FORCE`, mem_rw in fs/proc/base.c).
-                let mem = match &mut self.mem {
-                    Some(mem) => mem,
-                    none => none.insert(OpenOptions::new().write(true).open(format!("/proc/{}/mem", self.pid))?),
-                };
-                mem.write_all_at(&content[written..], at + written as u64)?;
-            }
+    fn open(pid: i32) -> io::Result<Self> {
+        let mem = OpenOptions::new().write(true).open(format!("/proc/{pid}/mem"))?;
+        Ok(Self { pid: Pid::from_raw(pid), mem })
+    }
+
+    /// Writes as much as is asked for, or says that it can't.
+    fn write_all(&self, address: u64, content: &[u8]) -> bool {
+        let remote = [RemoteIoVec { base: address as usize, len: content.len() }];
+        process_vm_writev(self.pid, &[IoSlice::new(content)], &remote) == Ok(content.len())
+    }
+
+    /// Writes one page.
+    fn write(&self, address: u64, content: &[u8]) -> io::Result<()> {
+        if self.write_all(address, content) {
+            return Ok(());
         }
-        Ok(())
+        // An area the task may not write now, like the relocated parts of a program: through here it goes (`FOLL_FORCE`,
+        // mem_rw in fs/proc/base.c).
+        self.mem.write_all_at(content, address)
     }
 }

@@ -77,6 +77,12 @@ impl Index {
         Self::parse(&bytes).ok_or_else(|| io::Error::other(format!("{} is damaged", path.display())))
     }
 
+    /// Whether a page is in it.
+    pub fn has(&self, page: u64) -> bool {
+        let after = self.ranges.partition_point(|(range, _)| range.start <= page);
+        after.checked_sub(1).and_then(|index| self.ranges.get(index)).is_some_and(|(range, _)| range.contains(&page))
+    }
+
     fn parse(bytes: &[u8]) -> Option<Self> {
         let (count, mut rest) = split_u64(bytes)?;
         let mut ranges = Vec::new();
@@ -112,6 +118,7 @@ mod tests {
         let index = Index::parse(&bytes).expect("reads");
         assert_eq!(index.ranges, [(5..7, 0), (9..10, 2)]);
         assert_eq!(index.slots, [1, ZERO, 3 | SHARED]);
+        assert!(index.has(6) && index.has(9) && !index.has(7) && !index.has(4));
         assert_eq!(Index::parse(&bytes[..bytes.len() - 1]), None);
         assert_eq!(Index::parse(b"short"), None);
     }

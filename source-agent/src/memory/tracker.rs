@@ -90,7 +90,8 @@ pub struct Frozen {
     pub followed: Vec<Area>,
     /// The pages in those areas that have content and may come after the task runs again, in order.
     pub later: Vec<Area>,
-    /// Those that must be in place before, in order.
+    /// Those that must be in place before, in order. A page that is in both lists is put in place before if a page is there
+    /// already, which would keep it from coming later.
     pub at_once: Vec<Area>,
 }
 
@@ -162,6 +163,28 @@ impl WriteProtect {
         })?;
         let number = inner_pid(pid, self.init).ok_or(InjectError::Gone(pid))?;
         Ok(Space { uffd, number, marks: Vec::new(), locked_bytes: 0 })
+    }
+
+    /// CRIU maps a locked area as such, which fills it with zeroes, before it forks the task's children (`premap_private_vma` in
+    /// criu/mem.c, 4.2). A child that has the same area, not locked, gets these zeroes in it.
+    fn find_inherited(&self, all: &mut [Frozen]) {
+        for frozen in all {
+            let others = self.spaces.values().filter(|space| space.number != frozen.space);
+            let mut locked: Vec<Area> =
+                others.flat_map(|space| space.marks.iter().map(|(area, _)| area.clone())).collect();
+            locked.sort_unstable_by_key(|area| area.start);
+            for area in locked {
+                frozen.at_once.extend(intersection(&[area], &frozen.later));
+            }
+            frozen.at_once.sort_unstable_by_key(|area| (area.start, area.end));
+            // Several tasks may have locked the same.
+            let mut reached = 0;
+            frozen.at_once.retain_mut(|area| {
+                area.start = area.start.max(reached);
+                reached = reached.max(area.end);
+                area.start < area.end
+            });
+        }
     }
 
     /// Whether a task uses the address space of another: between vfork and exec, that of its parent. What it writes there is
@@ -322,6 +345,7 @@ impl Tracker for WriteProtect {
             }
             all.push(frozen);
         }
+        self.find_inherited(&mut all);
         Ok(all)
     }
 
