@@ -14,7 +14,7 @@ use longhaul_common::sys::memory::PAGE;
 use longhaul_dest::memory::index::{Due, Index, SHARED, ZERO};
 use longhaul_dest::memory::store::{PageStore, SLOTS};
 use longhaul_source::memory::link::InFlight;
-use longhaul_source::memory::maps::Area;
+use longhaul_source::memory::maps::{Area, marks};
 use longhaul_source::memory::pump::{Frame, Pump, Tasks};
 use longhaul_source::memory::tracker::{Frozen, SpacePages, Tracker, WriteProtect};
 use nix::sys::signal::{Signal, kill};
@@ -67,7 +67,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (slot.clone(), 1usize..24).prop_map(|(slot, pages)| Step::Resize { slot, pages }),
         12 => (slot.clone(), page.clone(), value).prop_map(|(slot, page, value)| Step::Write { slot, page, value }),
         3 => (slot.clone(), page).prop_map(|(slot, page)| Step::Drop { slot, page }),
-        1 => slot.prop_map(|slot| Step::Lock { slot }),
+        4 => slot.prop_map(|slot| Step::Lock { slot }),
         1 => Just(Step::Fork),
         4 => Just(Step::Round),
     ]
@@ -255,6 +255,11 @@ fn arrived(dir: &Path, due: Due, space: u32, ranges: &[Area], store: &PageStore)
 fn check(subject: &Subject, frozen: &Frozen, arrived: &BTreeMap<u64, Vec<u8>>) {
     for (address, bytes) in arrived {
         assert!(*bytes == subject.page(*address), "page {address:#x} of {} is another", subject.pid);
+    }
+    // CRIU fills locked areas before anything could come later.
+    for (area, mark) in marks(subject.pid).expect("readable") {
+        let late = frozen.later.iter().any(|later| later.start < area.end && area.start < later.end);
+        assert!(!late, "{area:x?} is {mark:?}, and pages of it would come later: {:x?}", frozen.later);
     }
     for mapped in subject.slots.values() {
         let end = mapped.address + mapped.pages as u64 * PAGE;

@@ -132,13 +132,12 @@ impl Task {
         process_vm_writev(self.pid, &[IoSlice::new(content)], &remote) == Ok(content.len())
     }
 
-    /// Writes one page.
+    /// Writes one page, also into an area that the task may not write now, like the relocated parts of a program (`FOLL_FORCE`,
+    /// mem_rw in fs/proc/base.c).
+    ///
+    /// Unlike process_vm_writev(2) this does not wait where a page is to come later: `access_remote_vm` fails. The other would
+    /// have the filler bring it, which then frees the very slot that is about to be written from.
     fn write(&self, address: u64, content: &[u8]) -> io::Result<()> {
-        if self.write_all(address, content) {
-            return Ok(());
-        }
-        // An area the task may not write now, like the relocated parts of a program: through here it goes (`FOLL_FORCE`,
-        // mem_rw in fs/proc/base.c).
         self.mem.write_all_at(content, address)
     }
 }

@@ -123,25 +123,16 @@ pub struct WriteProtect {
 struct Space {
     uffd: OwnedFd,
     number: u32,
-    /// Areas that are special, and how much was locked when they were looked at.
+    /// Areas that are special.
     marks: Vec<(Area, Mark)>,
-    locked_bytes: u64,
 }
 
 impl Space {
-    fn look_at_marks(&mut self, pid: i32) -> io::Result<()> {
-        self.locked_bytes = locked_bytes(pid);
-        self.marks = marks(pid)?;
-        Ok(())
-    }
-
+    /// The kernel joins neighbours, and cuts areas: a part that is special makes all of it so.
     fn mark(&self, area: &Area) -> Option<Mark> {
-        self.marks.iter().find(|(marked, _)| marked == area).map(|(_, mark)| *mark)
+        let is_part = |marked: &Area| marked.start < area.end && area.start < marked.end;
+        self.marks.iter().find(|(marked, _)| is_part(marked)).map(|(_, mark)| *mark)
     }
-}
-
-fn locked_bytes(pid: i32) -> u64 {
-    status_bytes(pid, "VmLck")
 }
 
 fn backing(private: &Private) -> Backing {
@@ -162,7 +153,7 @@ impl WriteProtect {
             _ => TrackError::Look { pid, source: error },
         })?;
         let number = inner_pid(pid, self.init).ok_or(InjectError::Gone(pid))?;
-        Ok(Space { uffd, number, marks: Vec::new(), locked_bytes: 0 })
+        Ok(Space { uffd, number, marks: Vec::new() })
     }
 
     /// CRIU maps a locked area as such, which fills it with zeroes, before it forks the task's children (`premap_private_vma` in
@@ -255,7 +246,7 @@ fn follow(space: &mut Space, pid: i32, ranges: &mut Vec<Area>) -> Result<(), Fol
         let area = &private.area;
         if !looked && space.mark(area).is_none() {
             looked = true;
-            space.look_at_marks(pid).map_err(Followed::Failed)?;
+            space.marks = marks(pid).map_err(Followed::Failed)?;
         }
         if space.mark(area) == Some(Mark::Criu) {
             continue;
@@ -357,8 +348,9 @@ impl Tracker for WriteProtect {
 fn look_at(space: &mut Space, pid: i32) -> io::Result<Frozen> {
     let mut frozen = Frozen { pid, space: space.number, ..Frozen::default() };
     let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
-    if locked_bytes(pid) != space.locked_bytes {
-        space.look_at_marks(pid)?;
+    // What is locked changes without a trace in the areas themselves.
+    if status_bytes(pid, "VmLck") > 0 || space.marks.iter().any(|(_, mark)| *mark == Mark::AtOnce) {
+        space.marks = marks(pid)?;
     }
     for private in private(pid)? {
         let before = frozen.written.len();

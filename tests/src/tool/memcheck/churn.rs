@@ -59,6 +59,8 @@ impl Churn {
             2 => failures.extend(copy_on_write(&mut region, self.generation, self.kind)?),
             _ => failures.extend(discard(&mut region, self.kind)?),
         }
+        let kind = Kind::nth(self.kind);
+        failures.iter_mut().for_each(|failure| failure.push_str(&format!(" (churned, {kind:?})")));
         fill(&mut region, self.generation);
         self.region = Some(region);
         Ok(failures)
