@@ -40,7 +40,7 @@ pub enum ConfigError {
 }
 
 /// `source.toml`.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SourceConfig {
     /// This host's identity.
@@ -53,6 +53,22 @@ pub struct SourceConfig {
     pub paths: Paths,
     /// `migrate`'s socket.
     pub socket: Option<PathBuf>,
+    /// How long a destination may be silent while the container is frozen for it, in milliseconds. It speaks every 50 ms; then
+    /// the container goes on here.
+    pub frozen_silence_ms: u64,
+}
+
+impl Default for SourceConfig {
+    fn default() -> Self {
+        Self {
+            tls: TlsFiles::default(),
+            hosts: BTreeMap::new(),
+            engine: EngineConfig::default(),
+            paths: Paths::default(),
+            socket: None,
+            frozen_silence_ms: 200,
+        }
+    }
 }
 
 /// `dest.toml`.

@@ -10,10 +10,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use longhaul_common::cgroup::Freezer;
 use longhaul_common::config::DestConfig;
 use longhaul_common::criu::hold::{HoldEvent, HoldListener};
 use longhaul_common::criu::keep_logs;
 use longhaul_common::description::Description;
+use longhaul_common::handover::destination::{Action, Destination, Event, State as Custody};
+use longhaul_common::handover::{Answer, DestinationPhase, Epoch, Request};
 use longhaul_common::journal::{Journal, JournalError};
 use longhaul_common::layers::LayerDigests;
 use longhaul_common::leftovers::{end_restore, is_filling};
@@ -62,14 +65,9 @@ pub enum ArrivalError {
         /// What was announced.
         expected: String,
     },
-    /// A commit for another epoch.
-    #[error("commit for epoch {got}, this migration has {expected}")]
-    Epoch {
-        /// Asked.
-        got: u64,
-        /// Known.
-        expected: u64,
-    },
+    /// It was given up before.
+    #[error("the migration is given up here, and its container can't be taken any more")]
+    GivenUp,
     /// Images announced and arrived differ.
     #[error("{announced} images were announced for the restore, {arrived} arrived")]
     Images {
@@ -119,9 +117,9 @@ pub struct Record {
     /// The container.
     pub container: String,
     /// The migration's epoch.
-    pub epoch: u64,
+    pub epoch: Epoch,
     /// How far it is.
-    pub phase: RecordPhase,
+    pub phase: DestinationPhase,
     /// What was made for it.
     pub made: Made,
     /// The host's ends of its interfaces: name, index, bridge. Of a committed one, to be put on their bridges.
@@ -132,18 +130,6 @@ pub struct Record {
 /// How long the end of a migration is remembered: a source in doubt asks within minutes, or its host was down for days.
 const REMEMBERED: std::time::Duration = std::time::Duration::from_secs(30 * 24 * 3600);
 
-/// How far a migration is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum RecordPhase {
-    /// Undone if the agent finds it at its start.
-    Arriving,
-    /// This host owns the container.
-    Committed,
-    /// Refused for ever.
-    Aborted,
-}
-
 /// A step's duration, by name.
 pub type Timings = Vec<(&'static str, std::time::Duration)>;
 
@@ -152,7 +138,7 @@ pub struct Arrival {
     /// Its id.
     pub migration: String,
     /// Its epoch.
-    pub epoch: u64,
+    pub epoch: Epoch,
     /// The container.
     pub container: Description,
     /// The names in the certificate of the source: no other host may push into it.
@@ -160,7 +146,7 @@ pub struct Arrival {
     config: Arc<DestConfig>,
     journal: Journal,
     memory_limit: u64,
-    state: Mutex<State>,
+    state: Mutex<Stage>,
     writers: std::sync::Mutex<Writers>,
 }
 
@@ -203,6 +189,12 @@ impl TreeWriter {
     }
 }
 
+/// Where an arrival stands: what it has, and whose the container is.
+struct Stage {
+    state: State,
+    machine: Destination,
+}
+
 enum State {
     Offered(Box<Staging>),
     Staged(Box<Staging>),
@@ -231,36 +223,83 @@ impl Arrival {
         config: Arc<DestConfig>,
         journal: Journal,
         migration: String,
-        epoch: u64,
+        epoch: Epoch,
         container: Description,
         findings: &Findings,
         peer: Vec<String>,
     ) -> Self {
         let staging = Staging::plan(&config.paths, &migration, &container, findings);
-        let state = Mutex::new(State::Offered(Box::new(staging)));
+        let state = State::Offered(Box::new(staging));
+        let state = Mutex::new(Stage { state, machine: Destination::new(epoch) });
         let memory_limit = findings.memory_limit;
         let writers = std::sync::Mutex::default();
         Self { migration, epoch, container, peer, config, journal, memory_limit, state, writers }
     }
 
-    fn record(&self, phase: RecordPhase, made: Made) -> Result<(), JournalError> {
-        self.record_with_ports(phase, made, &[])
-    }
-
-    fn record_with_ports(&self, phase: RecordPhase, made: Made, ports: &[Port]) -> Result<(), JournalError> {
+    fn record(&self, phase: DestinationPhase, made: Made, ports: &[Port]) -> Result<(), JournalError> {
         let ports = ports.iter().map(|port| (port.name.clone(), port.index, port.bridge.clone())).collect();
         let record = Record { container: self.container.id.clone(), epoch: self.epoch, phase, made, ports };
         self.journal.write(&self.migration, &record)
     }
 
+    /// Tells the machine of the hand-over, and does what it wants, in its order; what it has to say. A record that can't be
+    /// written means that the event has not happened.
+    async fn on(&self, stage: &mut Stage, event: Event) -> Result<(Option<Answer>, Timings), ArrivalError> {
+        let mut said = None;
+        let mut timings = Timings::new();
+        for action in stage.machine.on(event) {
+            tracing::debug!(?action, "hand-over");
+            match action {
+                Action::Record(phase, _) => {
+                    let start = Instant::now();
+                    if let Err(error) = self.record_stage(phase, &stage.state) {
+                        for action in stage.machine.on(Event::RecordFailed) {
+                            // That it is given up may not be written down either: a restart finds it arriving, and undoes it.
+                            if let Action::Undo = action {
+                                self.undo(&mut stage.state).await;
+                            }
+                        }
+                        return Err(error.into());
+                    }
+                    timings.push(("journal", start.elapsed()));
+                }
+                Action::Undo => self.undo(&mut stage.state).await,
+                Action::Resume => timings.extend(self.resume(&mut stage.state).await?),
+                Action::Fence => fence(&self.config, &self.migration, &self.journal).await,
+                Action::Tell(answer) => said = Some(answer),
+            }
+        }
+        Ok((said, timings))
+    }
+
+    fn record_stage(&self, phase: DestinationPhase, state: &State) -> Result<(), JournalError> {
+        match (phase, state) {
+            // First on record, then made: a killed agent finds what it has to take away.
+            (DestinationPhase::Arriving, State::Offered(staging)) => {
+                self.record(phase, staging.intent(&self.container), &[])
+            }
+            (DestinationPhase::Committed, State::Stopped(staging, _)) => {
+                let ports = staging.network.as_ref().map(|network| network.ports.as_slice()).unwrap_or_default();
+                self.record(phase, staging.made.clone(), ports)
+            }
+            (DestinationPhase::Superseded, _) => {
+                let Some(record) = self.journal.read::<Record>(&self.migration) else { return Ok(()) };
+                self.journal.write(&self.migration, &Record { phase, ..record })
+            }
+            _ => self.record(phase, Made::default(), &[]),
+        }
+    }
+
     /// Makes everything that has to be there before the first byte.
     pub async fn prepare(&self) -> Result<(), ArrivalError> {
-        let mut state = self.state.lock().await;
-        let State::Offered(mut staging) = take(&mut state, |state| matches!(state, State::Offered(..))) else {
-            return Err(out_of_turn("Prepare", "it once, after the offer", &state));
+        let mut stage = self.state.lock().await;
+        if !matches!(stage.state, State::Offered(..)) {
+            return Err(out_of_turn("Prepare", "it once, after the offer", &stage.state));
+        }
+        self.on(&mut stage, Event::Prepare).await?;
+        let State::Offered(mut staging) = std::mem::replace(&mut stage.state, State::Undone) else {
+            return Err(ArrivalError::GivenUp);
         };
-        // First on record, then made: a killed agent finds what it has to take away.
-        self.record(RecordPhase::Arriving, staging.intent(&self.container))?;
         if let Err(error) = staging.prepare(&self.container, &self.config.bridges) {
             staging.undo();
             return Err(error.into());
@@ -279,7 +318,7 @@ impl Arrival {
             writers.targets.clone_from(&staging.targets);
             writers.images_dir = staging.images();
         }
-        *state = State::Staged(staging);
+        stage.state = State::Staged(staging);
         Ok(())
     }
 
@@ -290,9 +329,9 @@ impl Arrival {
         neighbours: &[Neighbour],
         from: MemoryFrom,
     ) -> Result<(), ArrivalError> {
-        let mut state = self.state.lock().await;
-        let State::Staged(mut staging) = take(&mut state, |state| matches!(state, State::Staged(..))) else {
-            return Err(out_of_turn("Arm", "it once, after Prepare", &state));
+        let mut stage = self.state.lock().await;
+        let State::Staged(mut staging) = take(&mut stage.state, |state| matches!(state, State::Staged(..))) else {
+            return Err(out_of_turn("Arm", "it once, after Prepare", &stage.state));
         };
         let path = staging.images().join("descriptors.json");
         let armed = async {
@@ -305,7 +344,7 @@ impl Arrival {
         };
         match armed.await {
             Ok(armed) => {
-                *state = State::Armed(staging, armed);
+                stage.state = State::Armed(staging, armed);
                 Ok(())
             }
             Err(error) => {
@@ -318,9 +357,10 @@ impl Arrival {
     /// Restores the container, stopped and silent. All trees, images and, if `pages`, all memory must have arrived. Returns
     /// also how many pages lie in the store.
     pub async fn restore(&self, announced: u64, pages: bool) -> Result<(Timings, u64), ArrivalError> {
-        let mut state = self.state.lock().await;
-        let State::Armed(mut staging, mut armed) = take(&mut state, |state| matches!(state, State::Armed(..))) else {
-            return Err(out_of_turn("Restore", "it once, after Arm", &state));
+        let mut stage = self.state.lock().await;
+        let State::Armed(mut staging, mut armed) = take(&mut stage.state, |state| matches!(state, State::Armed(..)))
+        else {
+            return Err(out_of_turn("Restore", "it once, after Arm", &stage.state));
         };
         let (arrived, memory) = self.close_writers();
         let mut timings = Timings::new();
@@ -346,10 +386,12 @@ impl Arrival {
         };
         match restored.await {
             Ok(()) => {
-                *state = State::Stopped(staging, armed);
+                stage.state = State::Stopped(staging, armed);
+                self.on(&mut stage, Event::Restored).await?;
                 Ok((timings, stored))
             }
             Err(error) => {
+                // Taken away below; the migration's end writes down that it is.
                 armed.kill().await;
                 match keep_logs(&staging.work(), &self.config.paths.state, &self.migration) {
                     Ok(kept) => tracing::warn!(logs = %kept.display(), "the restore failed; its logs are kept"),
@@ -362,26 +404,24 @@ impl Arrival {
     }
 
     /// Takes the container over: from here it runs here, and nowhere else.
-    pub async fn commit(&self, epoch: u64) -> Result<Timings, ArrivalError> {
-        let mut state = self.state.lock().await;
-        if epoch != self.epoch {
-            return Err(ArrivalError::Epoch { got: epoch, expected: self.epoch });
+    pub async fn commit(&self, epoch: Epoch) -> Result<Timings, ArrivalError> {
+        let mut stage = self.state.lock().await;
+        if !matches!(stage.state, State::Stopped(..) | State::Running) {
+            return Err(out_of_turn("Commit", "it once, after Restore", &stage.state));
         }
-        let State::Stopped(staging, mut armed) = take(&mut state, |state| matches!(state, State::Stopped(..))) else {
-            return Err(out_of_turn("Commit", "it once, after Restore", &state));
-        };
-        let mut timings = Timings::new();
-        let start = Instant::now();
-        let ports = staging.network.as_ref().map(|network| network.ports.as_slice()).unwrap_or_default();
-        if let Err(error) = self.record_with_ports(RecordPhase::Committed, staging.made.clone(), ports) {
-            armed.kill().await;
-            self.clean(staging).await;
-            return Err(error.into());
+        match self.on(&mut stage, Event::Heard(Request::Commit(epoch))).await? {
+            (Some(Answer::Committed(_)), timings) => Ok(timings),
+            _ => Err(ArrivalError::GivenUp),
         }
-        timings.push(("journal", start.elapsed()));
+    }
 
-        // ---- the point of no return: this host owns the container, and nothing below unwinds ----
+    /// Lets the container run. This host owns it: nothing here unwinds.
+    async fn resume(&self, state: &mut State) -> Result<Timings, ArrivalError> {
+        let State::Stopped(staging, mut armed) = take(state, |state| matches!(state, State::Stopped(..))) else {
+            return Ok(Timings::new());
+        };
         *state = State::Running;
+        let mut timings = Timings::new();
         let start = Instant::now();
         if let Some(network) = &staging.network {
             for port in &network.ports {
@@ -417,21 +457,33 @@ impl Arrival {
         Ok(timings)
     }
 
-    /// Takes everything away, unless the container is running here.
+    /// Takes everything away, unless the container is this host's.
     pub async fn abort(&self, reason: &str) {
-        let mut state = self.state.lock().await;
+        let mut stage = self.state.lock().await;
         self.close_writers();
-        match std::mem::replace(&mut *state, State::Undone) {
-            State::Running => *state = State::Running,
-            State::Undone => self.remember_abort(),
-            // Nothing was made yet.
-            State::Offered(_) => {}
-            State::Staged(staging) => {
-                tracing::info!(reason, "undoing the arrival");
-                self.clean(staging).await;
-            }
+        // Nothing was made yet, and nothing has to be known of it.
+        if matches!(stage.state, State::Offered(_)) {
+            stage.state = State::Undone;
+            return;
+        }
+        tracing::info!(reason, state = stage.state.name(), "the migration ends here");
+        if let Err(error) = self.on(&mut stage, Event::Lost).await {
+            tracing::error!(%error, "can't record that the migration was undone");
+        }
+    }
+
+    /// What became of it, for a source that asks, or that an operator decided for.
+    pub async fn decide(&self, request: Request) -> Result<Option<Answer>, ArrivalError> {
+        let mut stage = self.state.lock().await;
+        self.close_writers();
+        Ok(self.on(&mut stage, Event::Heard(request)).await?.0)
+    }
+
+    async fn undo(&self, state: &mut State) {
+        match std::mem::replace(state, State::Undone) {
+            State::Running | State::Undone | State::Offered(_) => {}
+            State::Staged(staging) => self.clean(staging).await,
             State::Armed(staging, armed) | State::Stopped(staging, armed) => {
-                tracing::info!(reason, "undoing the arrival");
                 armed.kill().await;
                 self.clean(staging).await;
             }
@@ -444,18 +496,11 @@ impl Arrival {
             tracing::debug!(%error, "the runtime had nothing to delete");
         }
         let _ = tokio::task::spawn_blocking(move || staging.undo()).await;
-        self.remember_abort();
-    }
-
-    fn remember_abort(&self) {
-        if let Err(error) = self.record(RecordPhase::Aborted, Made::default()) {
-            tracing::error!(%error, "can't record that the migration was undone");
-        }
     }
 
     /// Whether the container runs here.
     pub async fn is_committed(&self) -> bool {
-        matches!(*self.state.lock().await, State::Running)
+        self.state.lock().await.machine.state() == Custody::Committed
     }
 
     /// Where a tree goes; an error if it is not to be pushed now.
@@ -603,27 +648,92 @@ const HOLD_RECONNECTS: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// At the agent's start: what an earlier life left half-done is taken away; what is committed stays.
 pub async fn recover(config: &DestConfig, journal: &Journal) {
-    journal.prune(REMEMBERED, |record: &Record| record.phase != RecordPhase::Arriving);
+    journal.prune(REMEMBERED, |record: &Record| record.phase != DestinationPhase::Arriving);
     let runtime = config.engine.runtime();
     for (migration, mut record) in journal.all::<Record>() {
-        match record.phase {
-            RecordPhase::Arriving => {}
-            RecordPhase::Committed => {
-                resume_committed(&migration, &record).await;
-                continue;
+        let (_, actions) = Destination::recover(record.phase, record.epoch);
+        for action in actions {
+            match action {
+                Action::Undo => {
+                    tracing::warn!(migration, container = record.container, "undoing an arrival that was cut off");
+                    end_restore(&hold_socket(&record.made.run), &runtime.state_dir(&record.container));
+                    if let Err(error) = runtime.delete(&record.container).await {
+                        tracing::debug!(%error, "the runtime had nothing to delete");
+                    }
+                    undo(&record.made);
+                    record.made = Made::default();
+                }
+                Action::Record(phase, epoch) => {
+                    (record.phase, record.epoch) = (phase, epoch);
+                    if let Err(error) = journal.write(&migration, &record) {
+                        tracing::error!(%error, migration, "can't record that the migration was undone");
+                    }
+                }
+                Action::Resume => resume_committed(&migration, &record).await,
+                Action::Fence => fence(config, &migration, journal).await,
+                // Nobody listens yet.
+                Action::Tell(_) => {}
             }
-            RecordPhase::Aborted => continue,
-        }
-        tracing::warn!(migration, container = record.container, "undoing an arrival that was cut off");
-        end_restore(&hold_socket(&record.made.run), &runtime.state_dir(&record.container));
-        if let Err(error) = runtime.delete(&record.container).await {
-            tracing::debug!(%error, "the runtime had nothing to delete");
-        }
-        undo(&record.made);
-        record.phase = RecordPhase::Aborted;
-        record.made = Made::default();
-        if let Err(error) = journal.write(&migration, &record) {
-            tracing::error!(%error, migration, "can't record that the migration was undone");
         }
     }
+}
+
+/// What became of a migration that is not under way any more, if it ever was.
+pub async fn decide_ended(
+    config: &DestConfig,
+    journal: &Journal,
+    migration: &str,
+    request: Request,
+) -> Result<Option<Answer>, JournalError> {
+    let known = journal.read::<Record>(migration);
+    let epoch = match request {
+        Request::Commit(epoch) | Request::Ask(epoch) | Request::Supersede(epoch) => epoch,
+    };
+    // What has to be done first was done at the agent's start, or while it was under way.
+    let mut machine = match &known {
+        Some(record) => Destination::recover(record.phase, record.epoch).0,
+        None => Destination::new(epoch),
+    };
+    let record = known.unwrap_or_else(|| Record {
+        container: String::new(),
+        epoch,
+        phase: DestinationPhase::Aborted,
+        made: Made::default(),
+        ports: Vec::new(),
+    });
+    let mut said = None;
+    for action in machine.on(Event::Heard(request)) {
+        match action {
+            Action::Record(phase, epoch) => journal.write(migration, &Record { phase, epoch, ..record.clone() })?,
+            Action::Fence => fence(config, migration, journal).await,
+            Action::Tell(answer) => said = Some(answer),
+            // There is nothing of it here.
+            Action::Undo | Action::Resume => {}
+        }
+    }
+    Ok(said)
+}
+
+/// Stops a container that an operator of its source decided is not this host's, and takes it off its network. It is not
+/// ended: what it did since is lost with it, and somebody may want to look first.
+async fn fence(config: &DestConfig, migration: &str, journal: &Journal) {
+    let Some(record) = journal.read::<Record>(migration) else { return };
+    let container = &record.container;
+    let Ok(state) = config.engine.runtime().state(container).await else {
+        return tracing::warn!(migration, container, "superseded, and not here any more");
+    };
+    match Freezer::of(state.pid).map(|freezer| freezer.freeze()) {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) | Err(error) => tracing::error!(%error, container, "can't stop a container that was superseded"),
+    }
+    for (name, index, bridge) in record.ports.clone() {
+        if let Err(error) = (Port { name, index, bridge }).part() {
+            tracing::error!(%error, container, "can't take a container that was superseded off its bridge");
+        }
+    }
+    tracing::error!(
+        migration,
+        container,
+        "an operator kept this container on its source, where it runs; the copy here is frozen and off its network: `runc delete --force {container}` ends it"
+    );
 }

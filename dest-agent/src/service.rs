@@ -8,6 +8,7 @@ use std::time::Duration;
 use longhaul_common::chain;
 use longhaul_common::config::DestConfig;
 use longhaul_common::description::Description;
+use longhaul_common::handover::{Answer, Request as Told};
 use longhaul_common::host::Capabilities;
 use longhaul_common::journal::{Journal, is_migration_id};
 use longhaul_common::layers::LayerDigests;
@@ -25,13 +26,14 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status, Streaming};
 use tracing::Instrument;
 
-use crate::arrival::{Arrival, ArrivalError, Record, RecordPhase, Timings};
+use crate::arrival::{Arrival, ArrivalError, Record, Timings, decide_ended};
 use crate::memory::receive;
 use crate::preflight::{self, Findings};
 use crate::restore::MemoryFrom;
 
-/// How long a source may be silent before its migration is undone. It sends a heartbeat every 100 ms while frozen and
-/// every second otherwise.
+/// How often a source is told that this host is there: its container may be frozen for it.
+const HEARTBEAT: Duration = Duration::from_millis(50);
+/// How long a source may be silent before its migration is undone. It sends a heartbeat every second.
 const SILENCE_DEADLINE: Duration = Duration::from_secs(10);
 /// Messages between the network and the thread that applies them, each at most a data item of 256 KiB.
 const QUEUE: usize = 32;
@@ -244,30 +246,24 @@ impl Peer for PeerService {
         if !is_migration_id(&asked.migration_id) {
             return Err(Status::invalid_argument("that is no migration's id"));
         }
+        let request = if asked.supersede { Told::Supersede(asked.epoch) } else { Told::Ask(asked.epoch) };
         let live = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner).get(&asked.migration_id).cloned();
-        let outcome = match (live, self.journal.read::<Record>(&asked.migration_id)) {
-            (_, Some(Record { phase: RecordPhase::Committed, .. })) => peer::Outcome::Committed,
-            // The source asks because it lost us: what is not committed by now is undone before the answer.
-            (Some(arrival), _) if arrival.peer != identity.names => {
+        let unavailable = |error: &dyn std::error::Error| Status::unavailable(chain(error));
+        let answer = match live {
+            Some(arrival) if arrival.peer != identity.names => {
                 return Err(Status::permission_denied("that migration is another host's"));
             }
-            (Some(arrival), _) => {
-                arrival.abort("the source asked for the outcome before it had committed").await;
-                if arrival.is_committed().await { peer::Outcome::Committed } else { peer::Outcome::Aborted }
-            }
-            (None, Some(Record { phase: RecordPhase::Aborted, .. })) => peer::Outcome::Aborted,
-            (None, _) => {
-                let record = Record {
-                    container: String::new(),
-                    epoch: asked.epoch,
-                    phase: RecordPhase::Aborted,
-                    made: crate::staging::Made::default(),
-                    ports: Vec::new(),
-                };
-                // Durable before it is said: this epoch is refused from now on.
-                self.journal.write(&asked.migration_id, &record).map_err(|error| Status::unavailable(chain(&error)))?;
-                peer::Outcome::Aborted
-            }
+            // The source asks because it lost us: what is not committed by now is undone before the answer.
+            Some(arrival) => arrival.decide(request).await.map_err(|error| unavailable(&error))?,
+            None => decide_ended(&self.config, &self.journal, &asked.migration_id, request)
+                .await
+                .map_err(|error| unavailable(&error))?,
+        };
+        let outcome = match answer {
+            Some(Answer::Committed(_)) => peer::Outcome::Committed,
+            Some(Answer::Aborted(_)) => peer::Outcome::Aborted,
+            Some(Answer::Superseded(_)) => peer::Outcome::Superseded,
+            None => return Err(Status::failed_precondition("an operator has decided about this migration")),
         };
         Ok(Response::new(peer::OutcomeReply { outcome: outcome.into() }))
     }
@@ -316,7 +312,9 @@ impl Session {
             Ok(None) => return,
             Err(reason) => return self.fail(&reason).await,
         };
+        let heartbeat = tokio::spawn(beat(self.replies.clone()));
         let outcome = self.steps(&arrival, &mut stream).await;
+        heartbeat.abort();
         if let Err(reason) = outcome {
             arrival.abort(&reason).await;
             self.fail(&reason).await;
@@ -387,7 +385,7 @@ impl Session {
     async fn steps(&self, arrival: &Arrival, stream: &mut Streaming<peer::SourceMessage>) -> Result<(), String> {
         loop {
             match next(stream).await? {
-                Request::Heartbeat(_) => self.say(Reply::Heartbeat(peer::Heartbeat {})).await,
+                Request::Heartbeat(_) => {}
                 Request::Prepare(_) => {
                     arrival.prepare().await.map_err(|error| chain(&error))?;
                     self.say(Reply::Prepared(peer::Prepared {})).await;
@@ -429,6 +427,18 @@ impl Session {
     async fn fail(&self, reason: &str) {
         tracing::warn!(reason, "migration failed");
         self.say(Reply::Failed(peer::Failed { error: reason.to_owned() })).await;
+    }
+}
+
+/// Says that this host is there, whatever else it is doing, until nobody listens.
+async fn beat(replies: mpsc::Sender<Result<peer::DestinationMessage, Status>>) {
+    let heartbeat = peer::DestinationMessage { message: Some(Reply::Heartbeat(peer::Heartbeat {})) };
+    loop {
+        tokio::time::sleep(HEARTBEAT).await;
+        // With its queue full, the source hears enough; or nothing gets through.
+        if let Err(mpsc::error::TrySendError::Closed(_)) = replies.try_send(Ok(heartbeat.clone())) {
+            return;
+        }
     }
 }
 

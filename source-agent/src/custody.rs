@@ -183,7 +183,7 @@ impl Line {
                 None => Peer::connect(&self.identity, &self.address, self.capabilities.clone()).await?.0,
             };
             let answer = peer.decide(&self.migration, request).await;
-            Ok((peer, answer?))
+            Ok::<_, PeerError>((peer, answer?))
         };
         let (peer, answer) = tokio::time::timeout(ANSWER_DEADLINE, asked).await.map_err(|_| silent())??;
         self.peer = Some(peer);

@@ -1,12 +1,14 @@
 //! Migrations under way and those that ended, with their events.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::custody::Decision;
 use crate::report::{Outcome, Report};
 
 /// Ended migrations whose reports are kept for `migrate status`.
@@ -42,13 +44,23 @@ pub struct Job {
     started: Instant,
     /// Asks it to end before the commit.
     pub cancel: CancellationToken,
+    held: Mutex<Option<PathBuf>>,
+    /// What an operator decided while it was in doubt.
+    pub decision: watch::Sender<Option<Decision>>,
 }
 
 impl Job {
     /// A migration that begins.
     pub fn new(report: Report) -> Arc<Self> {
         let (events, _) = broadcast::channel(EVENTS);
-        Arc::new(Self { report: Mutex::new(report), events, started: Instant::now(), cancel: CancellationToken::new() })
+        Arc::new(Self {
+            report: Mutex::new(report),
+            events,
+            started: Instant::now(),
+            cancel: CancellationToken::new(),
+            held: Mutex::new(None),
+            decision: watch::Sender::new(None),
+        })
     }
 
     /// Its events from now on.
@@ -72,6 +84,16 @@ impl Job {
         change(&mut self.report.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
+    /// Its container is held, in this cgroup.
+    pub fn hold(&self, cgroup: PathBuf) {
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = Some(cgroup);
+    }
+
+    /// The cgroup in which its container is, or was, held.
+    pub fn held(&self) -> Option<PathBuf> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// How long it has been going.
     pub fn elapsed(&self) -> std::time::Duration {
         self.started.elapsed()
@@ -93,8 +115,11 @@ pub enum JobError {
     /// None of that name.
     #[error("{}", if .0.is_empty() { "no migration is under way".to_owned() } else { format!("no migration of {:?} is under way", .0) })]
     Unknown(String),
+    /// None of that name is in doubt.
+    #[error("{} is in doubt: `migrate status`", if .0.is_empty() { "no migration".to_owned() } else { format!("no migration of {:?}", .0) })]
+    NoDoubt(String),
     /// More than one.
-    #[error("several migrations are under way: name the container")]
+    #[error("several migrations are meant: name the container")]
     Several,
 }
 
@@ -124,14 +149,22 @@ impl Jobs {
 
     /// The migration under way that is meant: by its id, its container, or as the only one.
     pub fn running(&self, which: &str) -> Result<Arc<Job>, JobError> {
+        self.one(which, Outcome::Running, || JobError::Unknown(which.to_owned()))
+    }
+
+    /// The migration in doubt that is meant, likewise.
+    pub fn in_doubt(&self, which: &str) -> Result<Arc<Job>, JobError> {
+        self.one(which, Outcome::InDoubt, || JobError::NoDoubt(which.to_owned()))
+    }
+
+    fn one(&self, which: &str, outcome: Outcome, none: impl FnOnce() -> JobError) -> Result<Arc<Job>, JobError> {
         let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut running = all.iter().filter(|job| {
+        let mut meant = all.iter().filter(|job| {
             let report = job.report();
-            report.outcome == Outcome::Running
-                && (which.is_empty() || report.migration == which || report.container == which)
+            report.outcome == outcome && (which.is_empty() || report.migration == which || report.container == which)
         });
-        let first = running.next().ok_or_else(|| JobError::Unknown(which.to_owned()))?;
-        if running.next().is_some() {
+        let first = meant.next().ok_or_else(none)?;
+        if meant.next().is_some() {
             return Err(JobError::Several);
         }
         Ok(first.clone())

@@ -8,6 +8,7 @@
 
 pub mod checkpoint;
 pub mod cli;
+pub mod custody;
 pub mod images;
 pub mod inspect;
 pub mod jobs;

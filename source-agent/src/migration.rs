@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 use longhaul_common::cgroup::CgroupError;
 use longhaul_common::config::SourceConfig;
 use longhaul_common::criu::keep_logs;
+use longhaul_common::handover::source::{Event, State};
+use longhaul_common::handover::{Epoch, SourcePhase};
 use longhaul_common::host::{Capabilities, compare};
 use longhaul_common::journal::{Journal, JournalError};
 use longhaul_common::layers::LayerDigests;
@@ -27,18 +29,19 @@ use tokio::sync::Mutex;
 use tracing::Instrument;
 
 use crate::checkpoint::{CheckpointError, work_dir};
+use crate::custody::{Custody, Line};
 use crate::images::ImageError;
 use crate::inspect::{InspectError, Inspection};
 use crate::jobs::{Job, JobEvent};
 use crate::memory::precopy::MemoryError;
 use crate::options::{Options, TimeoutAction};
-use crate::peer::{Peer, PeerError};
+use crate::peer::{Peer, PeerError, Session};
 use crate::push::PushError;
-use crate::record::{Record, RecordPhase};
+use crate::record::Record;
 use crate::report::{Outcome, millis};
-pub use commit::resume_in_doubt;
+pub use commit::go_on;
 use prepare::Negotiated;
-use rollback::Rollback;
+use rollback::{Live, Rollback};
 
 /// Live passes over the files stop when one has sent no more than this, in bytes: what is left fits into a few ms.
 const SETTLED_BYTES: u64 = 256 << 10;
@@ -46,10 +49,8 @@ const SETTLED_BYTES: u64 = 256 << 10;
 const MAX_LIVE_PASSES: u32 = 6;
 /// What a downtime is taken for, besides memory, before the first move: that of a small container.
 const FIRST_GUESS: Duration = Duration::from_millis(150);
-/// How often a destination that owes an answer is asked.
-const ASK_AGAIN: Duration = Duration::from_millis(500);
-/// How long the command waits for an outcome that is in doubt. The agent goes on asking.
-const DOUBT_SHOWN_AFTER: Duration = Duration::from_secs(10);
+/// The move itself; an operator's decision about it is the next.
+pub const FIRST_EPOCH: Epoch = 1;
 /// Image messages between the reading thread and the network, 256 KiB each.
 const IMAGE_QUEUE: usize = 32;
 
@@ -111,6 +112,9 @@ pub enum MigrationError {
          `migrate status` shows it"
     )]
     InDoubt,
+    /// It was in doubt, and an operator decided.
+    #[error("it was in doubt, and an operator decided: {}", if *.0 == Outcome::Kept { "the container was kept here" } else { "the container was ended here" })]
+    Decided(Outcome),
     /// Looking at the container.
     #[error(transparent)]
     Inspect(#[from] InspectError),
@@ -165,16 +169,26 @@ fn count(obstacles: usize) -> String {
 pub async fn run(env: Arc<Env>, job: Arc<Job>, address: PeerAddress, options: Options) {
     let report = job.report();
     let span = tracing::info_span!("migration", id = report.migration, container = report.container);
+    let rollback = Arc::new(Mutex::new(Rollback::default()));
+    let hands = Live {
+        migration: report.migration.clone(),
+        journal: env.journal.clone(),
+        runtime: env.config.engine.runtime(),
+        rollback: rollback.clone(),
+        to: address.host.clone(),
+        held: None,
+    };
     let trip = Trip {
         dir: env.config.paths.run.join("source").join(&report.migration),
         migration: report.migration,
         container: report.container,
-        rollback: Arc::new(Mutex::new(Rollback::default())),
+        rollback,
+        custody: Mutex::new(Custody::new(hands, FIRST_EPOCH)),
         env,
         job,
         address,
         options,
-        epoch: 1,
+        epoch: FIRST_EPOCH,
     };
     async move {
         let result = trip.journey().await;
@@ -192,9 +206,11 @@ struct Trip {
     container: String,
     address: PeerAddress,
     options: Options,
-    epoch: u64,
+    epoch: Epoch,
     dir: PathBuf,
     rollback: Arc<Mutex<Rollback>>,
+    /// Who owns the container, and what follows from it.
+    custody: Mutex<Custody<Live>>,
 }
 
 impl Trip {
@@ -210,12 +226,27 @@ impl Trip {
         let armed = self.phase("arm", copied.arm(self)).await?;
         // A freeze is not interrupted half-way: a cancellation waits the few milliseconds for it.
         let frozen = self.last_phase("freeze", armed.freeze(self)).await?;
-        let saved = self.phase("final-state", frozen.save(self)).await?;
-        let restored = self.phase("restore", saved.restore(self)).await?;
+        let session = frozen.session();
+        let saved = self.phase("final-state", self.while_heard(&session, frozen.save(self))).await?;
+        let restored = self.phase("restore", self.while_heard(&session, saved.restore(self))).await?;
         // ---- the point of no return: from here the container is not this host's to thaw ----
         let committed = self.last_phase("commit", restored.commit(self)).await?;
         self.last_phase("after", committed.retire(self)).await?;
         Ok(Outcome::Moved)
+    }
+
+    /// Work for which the container is frozen: it must not stay so for a destination that is gone.
+    async fn while_heard<T>(
+        &self,
+        session: &Session,
+        work: impl Future<Output = Result<T, MigrationError>>,
+    ) -> Result<T, MigrationError> {
+        let limit = Duration::from_millis(self.env.config.frozen_silence_ms);
+        tokio::select! {
+            biased;
+            done = work => done,
+            silent = session.silence(limit) => Err(silent.into()),
+        }
     }
 
     /// A phase that can be cancelled.
@@ -275,15 +306,20 @@ impl Trip {
     async fn conclude(&self, result: Result<Outcome, MigrationError>) {
         let outcome = match &result {
             Ok(outcome) => *outcome,
-            Err(MigrationError::InDoubt) => Outcome::InDoubt,
+            Err(MigrationError::Decided(outcome)) => *outcome,
             Err(MigrationError::Refused(_)) => Outcome::Refused,
             Err(MigrationError::Cancelled) => Outcome::Cancelled,
             Err(_) => Outcome::Failed,
         };
-        if !matches!(outcome, Outcome::Moved | Outcome::InDoubt) {
+        if !matches!(outcome, Outcome::Moved | Outcome::Kept | Outcome::Disowned) {
             let reason = result.as_ref().err().map_or_else(|| "it was only a dry run".to_owned(), ToString::to_string);
-            self.rollback.lock().await.undo(&reason).await;
-            self.env.journal.remove(&self.migration);
+            if let Err(error) = self.hand_over(Event::GiveUp, &reason).await {
+                tracing::error!(%error, "can't write down that the container was let go");
+            }
+            // What was made for it before it was held.
+            if self.custody.lock().await.state() == State::Running {
+                self.rollback.lock().await.undo(&reason).await;
+            }
         }
         let mut error = result.as_ref().err().map(|error| longhaul_common::chain(error));
         if let (Outcome::Failed, Some(error)) = (outcome, &mut error)
@@ -292,9 +328,7 @@ impl Trip {
         {
             error.push_str(&format!(" (logs: {})", kept.display()));
         }
-        if outcome != Outcome::InDoubt {
-            let _ = std::fs::remove_dir_all(&self.dir);
-        }
+        let _ = std::fs::remove_dir_all(&self.dir);
         self.job.note(|report| {
             report.outcome = outcome;
             report.total_ms = millis(self.job.elapsed());
@@ -338,18 +372,39 @@ impl Trip {
         Ok(Negotiated { peer })
     }
 
-    fn record(&self, inspection: &Inspection, phase: RecordPhase) -> Result<(), JournalError> {
-        let ports = &inspection.live.ports;
+    /// Something happened that decides whose the container is.
+    async fn hand_over(&self, event: Event, why: &str) -> Result<(), JournalError> {
+        // What there is to say goes over the session.
+        self.custody.lock().await.on(event, why).await.map(drop)
+    }
+
+    /// The container is about to be held: what a killed agent has to know is written down first.
+    async fn hold(&self, inspection: &Inspection) -> Result<(), JournalError> {
+        let live = &inspection.live;
         let record = Record {
             container: self.container.clone(),
-            cgroup: inspection.live.freezer.dir().to_owned(),
+            cgroup: live.freezer.dir().to_owned(),
             to: self.address.host.clone(),
             epoch: self.epoch,
-            phase,
+            phase: SourcePhase::Held,
             dir: self.dir.clone(),
-            ports: ports.iter().map(|port| (port.name.clone(), port.index, port.bridge.clone())).collect(),
+            ports: live.ports.iter().map(|port| (port.name.clone(), port.index, port.bridge.clone())).collect(),
             description: inspection.description.clone(),
         };
-        self.env.journal.write(&self.migration, &record)
+        let mut custody = self.custody.lock().await;
+        self.job.hold(record.cgroup.clone());
+        custody.hands().held = Some((record, live.freezer.clone(), live.ports.clone()));
+        custody.on(Event::Hold, "").await.map(drop)
+    }
+
+    /// To the destination, whatever becomes of the session.
+    fn line(&self, peer: Option<Peer>) -> Line {
+        Line {
+            identity: self.env.identity.clone(),
+            capabilities: self.env.capabilities.clone(),
+            address: self.address.clone(),
+            migration: self.migration.clone(),
+            peer,
+        }
     }
 }

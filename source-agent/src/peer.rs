@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use longhaul_common::handover;
 use longhaul_common::host::Capabilities;
 use longhaul_common::net::Neighbour;
 use longhaul_common::obstacle::Obstacle;
@@ -12,10 +13,10 @@ use longhaul_proto::peer::destination_message::Message as Reply;
 use longhaul_proto::peer::peer_client::PeerClient;
 use longhaul_proto::peer::source_message::Message as Request;
 use thiserror::Error;
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
 use tonic::transport::Channel;
-use tonic::{Status, Streaming};
 
 use crate::images::Sent;
 
@@ -57,10 +58,12 @@ pub enum PeerError {
         message: String,
     },
     /// It was silent.
-    #[error("the destination {host} was silent for {} s", STEP_DEADLINE.as_secs())]
+    #[error("the destination {host} was silent for {seconds} s")]
     Silent {
         /// Its name.
         host: String,
+        /// How long.
+        seconds: f64,
     },
     /// It answered something else.
     #[error("the destination {host} answered out of turn: {got}, where {expected} was due")]
@@ -123,8 +126,23 @@ impl Peer {
         let mut control = self.control.clone();
         let call = control.session(ReceiverStream::new(receiver));
         // The server's headers come with its first message; that waits for ours, so the call must not.
-        let replies = call.await.map_err(|status| self.status(&status))?.into_inner();
+        let mut replies = call.await.map_err(|status| self.status(&status))?.into_inner();
         let requests = Arc::new(requests);
+        let (heard, last_heard) = watch::channel(Instant::now());
+        let (arrived, waiting) = mpsc::channel(QUEUE);
+        // Read all the time: that a destination is there shows while nobody waits for an answer.
+        tokio::spawn(async move {
+            loop {
+                let message = replies.message().await;
+                heard.send_replace(Instant::now());
+                let is_last = !matches!(message, Ok(Some(_)));
+                let is_heartbeat =
+                    matches!(&message, Ok(Some(peer::DestinationMessage { message: Some(Reply::Heartbeat(_)) })));
+                if !is_heartbeat && arrived.send(message).await.is_err() || is_last {
+                    return;
+                }
+            }
+        });
         let beat = Arc::downgrade(&requests);
         tokio::spawn(async move {
             loop {
@@ -136,7 +154,7 @@ impl Peer {
                 }
             }
         });
-        Ok(Session { host: self.host.clone(), requests, replies: Mutex::new(replies) })
+        Ok(Session { host: self.host.clone(), requests, replies: Mutex::new(waiting), last_heard })
     }
 
     /// One pass over one tree.
@@ -156,12 +174,26 @@ impl Peer {
         reply.map(tonic::Response::into_inner).map_err(|status| self.status(&status))
     }
 
-    /// What became of a migration.
-    pub async fn outcome(&self, migration: &str, epoch: u64) -> Result<peer::Outcome, PeerError> {
+    /// Asks what became of a migration, or tells what an operator decided about it.
+    pub async fn decide(&self, migration: &str, request: handover::Request) -> Result<handover::Answer, PeerError> {
+        let (epoch, supersede) = match request {
+            // An offer goes over the session; over anything else it is a question.
+            handover::Request::Commit(epoch) | handover::Request::Ask(epoch) => (epoch, false),
+            handover::Request::Supersede(epoch) => (epoch, true),
+        };
         let mut control = self.control.clone();
-        let request = peer::OutcomeRequest { migration_id: migration.to_owned(), epoch };
+        let request = peer::OutcomeRequest { migration_id: migration.to_owned(), epoch, supersede };
         let reply = control.outcome(request).await.map_err(|status| self.status(&status))?;
-        Ok(reply.into_inner().outcome())
+        match reply.into_inner().outcome() {
+            peer::Outcome::Committed => Ok(handover::Answer::Committed(epoch)),
+            peer::Outcome::Aborted => Ok(handover::Answer::Aborted(epoch)),
+            peer::Outcome::Superseded => Ok(handover::Answer::Superseded(epoch)),
+            peer::Outcome::Unspecified => Err(PeerError::OutOfTurn {
+                host: self.host.clone(),
+                got: "an answer that this agent does not know".to_owned(),
+                expected: "what became of the migration",
+            }),
+        }
     }
 
     fn status(&self, status: &Status) -> PeerError {
@@ -183,7 +215,8 @@ impl Peer {
 pub struct Session {
     host: String,
     requests: Arc<mpsc::Sender<peer::SourceMessage>>,
-    replies: Mutex<Streaming<peer::DestinationMessage>>,
+    replies: Mutex<mpsc::Receiver<Result<Option<peer::DestinationMessage>, Status>>>,
+    last_heard: watch::Receiver<Instant>,
 }
 
 /// What the destination says of an offer.
@@ -270,6 +303,23 @@ impl Session {
         let _ = tokio::time::timeout(Duration::from_secs(15), cleaned).await;
     }
 
+    /// Waits until the destination has said nothing, not even that it is there, for so long; what that means.
+    pub async fn silence(&self, limit: Duration) -> PeerError {
+        let mut heard = self.last_heard.clone();
+        loop {
+            let last = *heard.borrow_and_update();
+            tokio::select! {
+                () = tokio::time::sleep_until((last + limit).into()) => {
+                    return PeerError::Silent { host: self.host.clone(), seconds: limit.as_secs_f64() };
+                }
+                changed = heard.changed() => if changed.is_err() {
+                    // The stream has ended: whoever waits for an answer learns why.
+                    std::future::pending::<()>().await;
+                },
+            }
+        }
+    }
+
     async fn send(&self, message: Request) -> Result<(), PeerError> {
         let sent = self.requests.send(peer::SourceMessage { message: Some(message) }).await;
         sent.map_err(|_| PeerError::Broken { host: self.host.clone(), message: "it closed the session".to_owned() })
@@ -278,10 +328,11 @@ impl Session {
     async fn reply(&self) -> Result<Reply, PeerError> {
         let mut replies = self.replies.lock().await;
         loop {
-            let next = tokio::time::timeout(STEP_DEADLINE, replies.message())
+            let next = tokio::time::timeout(STEP_DEADLINE, replies.recv())
                 .await
-                .map_err(|_| PeerError::Silent { host: self.host.clone() })?;
+                .map_err(|_| PeerError::Silent { host: self.host.clone(), seconds: STEP_DEADLINE.as_secs_f64() })?;
             let broken = |message: String| PeerError::Broken { host: self.host.clone(), message };
+            let next = next.ok_or_else(|| broken("it ended the session".to_owned()))?;
             let message = next.map_err(|status| broken(root_cause(&status)))?;
             match message.and_then(|message| message.message) {
                 Some(Reply::Heartbeat(_)) => {}

@@ -1,17 +1,21 @@
 //! What a source agent must know after it was killed, and what it does then.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use longhaul_common::cgroup::Freezer;
 use longhaul_common::criu::hold::HoldListener;
 use longhaul_common::description::Description;
-use longhaul_common::journal::Journal;
+use longhaul_common::handover::{Epoch, SourcePhase};
+use longhaul_common::journal::{Journal, JournalError};
 use longhaul_common::leftovers::is_running;
 use longhaul_common::net::Port;
+use longhaul_common::runtime::Runtime;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::hold_socket;
+use crate::custody::{Custody, Hands};
+use crate::retire::retire;
 
 /// One migration's record.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -23,9 +27,9 @@ pub struct Record {
     /// Where it goes.
     pub to: String,
     /// The migration's epoch.
-    pub epoch: u64,
+    pub epoch: Epoch,
     /// How far it is.
-    pub phase: RecordPhase,
+    pub phase: SourcePhase,
     /// The memory directory of images and sockets.
     pub dir: PathBuf,
     /// The host's ends of its interfaces: name, index, bridge.
@@ -34,42 +38,68 @@ pub struct Record {
     pub description: Description,
 }
 
-/// How far a migration is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum RecordPhase {
-    /// A checkpoint is held or the container is frozen, and it is this host's: let go if the agent finds it at its start.
-    Held,
-    /// Given away, and not known whether taken: stays frozen until the destination answers.
-    Committing,
+/// What a restarted agent does with a migration of its earlier life.
+pub struct Recovered {
+    migration: String,
+    record: Record,
+    journal: Journal,
+    runtime: Runtime,
 }
 
-/// At the agent's start: thaws what an earlier life left frozen and still owned. Returns what is in doubt.
-pub async fn recover(journal: &Journal) -> Vec<(String, Record)> {
-    let mut in_doubt = Vec::new();
+impl Recovered {
+    /// Its record.
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Its id.
+    pub fn migration(&self) -> &str {
+        &self.migration
+    }
+}
+
+/// How many tasks there are in a cgroup.
+pub fn tasks_in(cgroup: &Path) -> usize {
+    Freezer::at(cgroup.to_owned()).and_then(|freezer| freezer.tasks().ok()).map_or(0, |tasks| tasks.len())
+}
+
+impl Hands for Recovered {
+    fn record(&mut self, phase: SourcePhase, epoch: Epoch) -> Result<(), JournalError> {
+        let record = Record { phase, epoch, ..self.record.clone() };
+        self.journal.write(&self.migration, &record)?;
+        self.record = record;
+        Ok(())
+    }
+
+    fn erase(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.record.dir);
+        self.journal.remove(&self.migration);
+    }
+
+    async fn let_go(&mut self, why: &str) {
+        tracing::warn!(self.migration, container = self.record.container, why, "letting a container go that was held");
+        let_go(&self.record).await;
+    }
+
+    async fn end(&mut self) {
+        end(&self.record).await;
+        retire(&self.runtime, &self.record.description, &self.migration, &self.record.to).await;
+    }
+}
+
+/// At the agent's start: what an earlier life left frozen and still owned is let go. Returns what is not settled yet.
+pub async fn recover(journal: &Journal, runtime: &Runtime) -> Vec<Custody<Recovered>> {
+    let mut open = Vec::new();
     for (migration, record) in journal.all::<Record>() {
-        match record.phase {
-            RecordPhase::Committing => {
-                tracing::warn!(
-                    migration,
-                    container = record.container,
-                    "in doubt: the container stays frozen until its destination answers"
-                );
-                in_doubt.push((migration, record));
-            }
-            RecordPhase::Held => {
-                tracing::warn!(
-                    migration,
-                    container = record.container,
-                    "letting a container go that a killed agent left held"
-                );
-                let_go(&record).await;
-                let _ = std::fs::remove_dir_all(&record.dir);
-                journal.remove(&migration);
-            }
+        let (phase, epoch) = (record.phase, record.epoch);
+        tracing::warn!(migration, container = record.container, ?phase, epoch, "found a migration of an earlier life");
+        let hands = Recovered { migration, record, journal: journal.clone(), runtime: runtime.clone() };
+        let custody = Custody::recover(hands, phase, epoch).await;
+        if !custody.is_settled() {
+            open.push(custody);
         }
     }
-    in_doubt
+    open
 }
 
 /// How long CRIU may go on saving before it reaches its next notification: gigabytes of memory take seconds.
@@ -103,21 +133,26 @@ async fn end_checkpoint(record: &Record) {
     }
 }
 
-/// Ends a container that the destination has taken: killed while frozen, so that none of its tasks runs again.
-pub async fn end(record: &Record) {
+/// Ends a container that the destination has taken.
+async fn end(record: &Record) {
     if let Some(freezer) = Freezer::at(record.cgroup.clone()) {
-        for pid in freezer.tasks().unwrap_or_default() {
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
-        }
-        if let Err(error) = freezer.thaw() {
-            tracing::warn!(%error, container = record.container, "can't thaw what was killed");
-        }
+        kill_frozen(&freezer);
     }
     end_checkpoint(record).await;
 }
 
+/// Ends all tasks of a frozen cgroup: killed while frozen, so that none runs another instruction, and gone once thawed.
+pub fn kill_frozen(freezer: &Freezer) {
+    for pid in freezer.tasks().unwrap_or_default() {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+    }
+    if let Err(error) = freezer.thaw() {
+        tracing::warn!(%error, "can't thaw what was killed");
+    }
+}
+
 /// Has CRIU take back what it did, puts the container back on its network and lets it run.
-pub async fn let_go(record: &Record) {
+async fn let_go(record: &Record) {
     // First: CRIU leaves the cgroup as frozen as it found it.
     end_checkpoint(record).await;
     for (name, index, bridge) in &record.ports {

@@ -26,6 +26,10 @@ pub enum Outcome {
     Cancelled,
     /// The destination's answer was lost: the container is frozen here until it is known.
     InDoubt,
+    /// It was in doubt, and an operator kept the container here.
+    Kept,
+    /// It was in doubt, and an operator ended the container here.
+    Disowned,
 }
 
 /// One migration.
@@ -68,6 +72,34 @@ pub struct Report {
     pub downtime_steps: BTreeMap<String, f64>,
     /// Versions that took part: `criu`, `source-kernel`, `destination-kernel`, …
     pub versions: BTreeMap<String, String>,
+}
+
+/// A migration in doubt: what `migrate recover` prints.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Doubt {
+    /// The migration's id.
+    pub migration: String,
+    /// The container.
+    pub container: String,
+    /// Where it was to go.
+    pub to: String,
+    /// `in-doubt`, or what an operator's decision made of it: `kept`, `disowned`.
+    pub outcome: Outcome,
+    /// When the migration began, in milliseconds since 1970.
+    pub started_unix_ms: u64,
+    /// Tasks of the container that are frozen here.
+    pub tasks_here: usize,
+    /// What came of asking the destination last.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub error: Option<String>,
+}
+
+impl Doubt {
+    /// From a migration's report.
+    pub fn of(report: Report, tasks_here: usize) -> Self {
+        let Report { migration, container, to, outcome, started_unix_ms, error, .. } = report;
+        Self { migration, container, to, outcome, started_unix_ms, tasks_here, error }
+    }
 }
 
 /// How memory was moved.
@@ -133,7 +165,7 @@ impl Report {
             Outcome::Moved | Outcome::WouldMove => 0,
             Outcome::Refused => 3,
             Outcome::InDoubt => 5,
-            Outcome::Failed | Outcome::Cancelled | Outcome::Running => 1,
+            Outcome::Failed | Outcome::Cancelled | Outcome::Running | Outcome::Kept | Outcome::Disowned => 1,
         }
     }
 }

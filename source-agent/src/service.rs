@@ -2,9 +2,11 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use longhaul_common::chain;
 use longhaul_common::config::DEFAULT_PORT;
+use longhaul_common::handover::source::State;
 use longhaul_common::host::compare;
 use longhaul_common::obstacle::Obstacle;
 use longhaul_common::tls::PeerAddress;
@@ -14,13 +16,14 @@ use longhaul_proto::peer::Offer;
 use tokio::sync::broadcast::error::RecvError;
 use tonic::{Request, Response, Status};
 
+use crate::custody::{Custody, Decision, Line};
 use crate::inspect::inspect;
 use crate::jobs::{Job, JobEvent, Jobs};
-use crate::migration::{self, Env};
+use crate::migration::{self, Env, FIRST_EPOCH, MigrationError};
 use crate::options::Options;
 use crate::peer::Peer;
-use crate::record::Record;
-use crate::report::{Findings, Outcome, Report};
+use crate::record::{Recovered, tasks_in};
+use crate::report::{Doubt, Findings, Outcome, Report};
 
 /// The service.
 pub struct AgentService {
@@ -35,14 +38,31 @@ impl AgentService {
     }
 
     /// Takes up what a killed agent left in doubt. Its containers stay frozen until their destinations answer.
-    pub fn resume(&self, in_doubt: Vec<(String, Record)>) {
-        for (migration, record) in in_doubt {
-            let mut report = Report::begin(&migration, &record.container, &record.to);
-            report.outcome = Outcome::InDoubt;
+    pub fn resume(&self, open: Vec<Custody<Recovered>>) {
+        for mut custody in open {
+            let is_kept = custody.state() == State::Kept;
+            let hands = custody.hands();
+            let migration = hands.migration().to_owned();
+            let (container, to) = (hands.record().container.clone(), hands.record().to.clone());
+            let mut report = Report::begin(&migration, &container, &to);
+            report.outcome = if is_kept { Outcome::Kept } else { Outcome::InDoubt };
+            report.error = Some(if is_kept {
+                "an operator kept the container here; the destination is still to be told".to_owned()
+            } else {
+                MigrationError::InDoubt.to_string()
+            });
             "commit".clone_into(&mut report.phase);
-            match (self.jobs.start(report), self.address(&record.to)) {
+            match (self.jobs.start(report), self.address(&to)) {
                 (Ok(job), Ok(address)) => {
-                    tokio::spawn(migration::resume_in_doubt(self.env.clone(), job, address, record));
+                    job.hold(custody.hands().record().cgroup.clone());
+                    let line = Line {
+                        identity: self.env.identity.clone(),
+                        capabilities: self.env.capabilities.clone(),
+                        address,
+                        migration,
+                        peer: None,
+                    };
+                    tokio::spawn(migration::go_on(job, line, custody));
                 }
                 (Err(error), _) => tracing::error!(migration, %error, "can't take up a migration in doubt"),
                 (_, Err(status)) => {
@@ -120,7 +140,7 @@ impl AgentService {
                         session
                             .offer(Offer {
                                 migration_id: new_id(&inspection.description.id),
-                                epoch: 1,
+                                epoch: FIRST_EPOCH,
                                 description: inspection.description.to_json().into(),
                                 dry_run: true,
                             })
@@ -189,12 +209,55 @@ impl Agent for AgentService {
         Ok(Response::new(agent::StatusReply { migrations }))
     }
 
+    async fn recover(&self, request: Request<agent::RecoverRequest>) -> Result<Response<agent::RecoverReply>, Status> {
+        let request = request.into_inner();
+        let job = self.jobs.in_doubt(&request.which).map_err(|error| Status::not_found(error.to_string()))?;
+        let decision = match request.decision() {
+            agent::Decision::Unspecified => None,
+            agent::Decision::KeepHere => Some(Decision::Keep),
+            agent::Decision::Gone => Some(Decision::Disown),
+        };
+        if let Some(decision) = decision {
+            decide(&job, decision).await?;
+        }
+        let doubt = Doubt::of(job.report(), held_tasks(&job));
+        let doubt = serde_json::to_string(&doubt).map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Response::new(agent::RecoverReply { doubt }))
+    }
+
     async fn cancel(&self, request: Request<agent::CancelRequest>) -> Result<Response<agent::CancelReply>, Status> {
         let job =
             self.jobs.running(&request.into_inner().which).map_err(|error| Status::not_found(error.to_string()))?;
         job.cancel.cancel();
         Ok(Response::new(agent::CancelReply { migration_id: job.report().migration }))
     }
+}
+
+/// Tasks of the container that are held here.
+fn held_tasks(job: &Job) -> usize {
+    job.held().map_or(0, |cgroup| tasks_in(&cgroup))
+}
+
+/// How long a decision may take to be carried out: CRIU takes back what it did to gigabytes of tasks.
+const DECISION_DEADLINE: Duration = Duration::from_secs(90);
+
+/// Has an operator's decision carried out.
+async fn decide(job: &Job, decision: Decision) -> Result<(), Status> {
+    if decision == Decision::Keep && held_tasks(job) == 0 {
+        let container = job.report().container;
+        return Err(Status::failed_precondition(format!(
+            "nothing of {container} is here any more that could be kept: its tasks have ended"
+        )));
+    }
+    job.decision.send_replace(Some(decision));
+    let carried_out = async {
+        while job.report().outcome == Outcome::InDoubt {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(DECISION_DEADLINE, carried_out).await.map_err(|_| {
+        Status::deadline_exceeded("the decision is not carried out yet: `migrate status` and the agent's log say more")
+    })
 }
 
 /// A job's events from its beginning to its end.

@@ -79,7 +79,9 @@ fn install_programs(host: &Host) -> Result<()> {
 
 fn configure(lab: &Lab, host: &Host) -> Result<()> {
     let names: Vec<String> = lab.hosts.iter().map(|host| format!("\"{}\"", host.name)).collect();
-    let mut source = String::new();
+    // Several hosts share two cores, and labs run side by side: a thread may not get one for longer than an operator's host
+    // would let it wait. Scenarios about a silent destination set their own.
+    let mut source = format!("frozen_silence_ms = {LOADED_SILENCE_MS}\n");
     for other in lab.hosts.iter().filter(|other| other.name != host.name) {
         source.push_str(&format!("[hosts.{}]\naddress = \"{}\"\n", other.name, other.name));
     }
@@ -88,6 +90,9 @@ fn configure(lab: &Lab, host: &Host) -> Result<()> {
     fs::write(host.path("/etc/longhaul/dest.toml"), dest)?;
     Ok(())
 }
+
+/// How long a destination may be silent in a lab, in milliseconds.
+const LOADED_SILENCE_MS: u64 = 2000;
 
 /// One of the two agents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -54,7 +54,7 @@ async fn run(cli: &Cli) -> Result<()> {
     std::fs::create_dir_all(&config.paths.run).with_context(|| format!("create {}", config.paths.run.display()))?;
     let memory = longhaul_common::memory_dir::mount(&config.paths.run.join("source"))?;
     let journal = Journal::open(config.paths.state.join("source"))?;
-    let in_doubt = record::recover(&journal).await;
+    let open = record::recover(&journal, &config.engine.runtime()).await;
     let socket = config.socket.clone().unwrap_or_else(|| config::AGENT_SOCKET.into());
     let env = Arc::new(Env {
         fixed_downtime: Calibration::default(),
@@ -66,7 +66,7 @@ async fn run(cli: &Cli) -> Result<()> {
     });
     let jobs = Arc::new(Jobs::default());
     let service = AgentService::new(env, jobs.clone());
-    service.resume(in_doubt);
+    service.resume(open);
     let listener = listen(&socket)?;
     let server = tonic::transport::Server::builder()
         .add_service(longhaul_proto::agent_server(service))

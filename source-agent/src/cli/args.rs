@@ -146,6 +146,17 @@ pub enum Command {
         /// Its container or its id; the only one under way, if left out
         which: Option<String>,
     },
+    /// Show a migration in doubt, and what can be decided about it; with a choice, decide it
+    Recover {
+        /// Its container or its id; the only one in doubt, if left out
+        which: Option<String>,
+        /// The container goes on here
+        #[arg(long, conflicts_with = "gone")]
+        keep_here: bool,
+        /// The container is ended here
+        #[arg(long)]
+        gone: bool,
+    },
     /// Make certificates for mutual TLS
     Pki {
         /// What to make.

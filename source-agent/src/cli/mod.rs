@@ -18,6 +18,8 @@ pub mod exit {
     pub const USAGE: u8 = 2;
     /// Something is in the way; nothing was touched.
     pub const REFUSED: u8 = 3;
+    /// Whether the destination took the container is not known; it is frozen here.
+    pub const IN_DOUBT: u8 = 5;
     /// The source agent can't be reached.
     pub const NO_AGENT: u8 = 125;
 }

@@ -3,7 +3,7 @@
 use console::style;
 use indicatif::HumanBytes;
 
-use crate::report::{Findings, Outcome, Report};
+use crate::report::{Doubt, Findings, Outcome, Report};
 
 /// A migration's end.
 pub(super) fn report(report: &Report) -> String {
@@ -28,6 +28,8 @@ pub(super) fn report(report: &Report) -> String {
                 Outcome::Refused => "refused",
                 Outcome::Cancelled => "cancelled",
                 Outcome::InDoubt => "in doubt",
+                Outcome::Kept => "kept here",
+                Outcome::Disowned => "ended here",
                 _ => "failed",
             };
             lines.push(format!("{} {name}", style(word).red().bold()));
@@ -45,6 +47,36 @@ pub(super) fn findings(findings: &Findings) -> String {
     let passed = findings.passed.iter().map(|text| format!("{} {text}", style("ok").green()));
     let obstacles = findings.obstacles.iter().map(|obstacle| format!("{} {obstacle}", style("!!").red()));
     passed.chain(obstacles).collect::<Vec<_>>().join("\n")
+}
+
+/// A migration in doubt, and what each choice risks.
+pub(super) fn doubt(doubt: &Doubt) -> String {
+    let Doubt { container, to, .. } = doubt;
+    let head = |word: &str, rest: &str| format!("{} {container} → {to}: {rest}", style(word).red().bold());
+    let mut lines = Vec::new();
+    match doubt.outcome {
+        Outcome::InDoubt => {
+            lines.push(head("in doubt", &format!("it is not known whether {to} took the container")));
+            lines.push(format!("  here: {} tasks, frozen; none of them runs until this is settled", doubt.tasks_here));
+            lines.extend(doubt.error.iter().map(|error| format!("  last: {error}")));
+            lines.push(format!("This host goes on asking {to} and settles it by itself as soon as {to} answers. Only if {to} can't come back,"));
+            lines.push("or you know what it did, decide:".to_owned());
+            lines.push(format!(
+                "  migrate recover {container} --keep-here   it goes on here. If {to} did take it and still runs it, it runs twice until the two\n\
+                 {:38}hosts talk again; {to} then stops its copy, and what that did meanwhile is lost",
+                ""
+            ));
+            lines.push(format!(
+                "  migrate recover {container} --gone        it is ended here. If {to} did not take it, it is lost"
+            ));
+        }
+        Outcome::Kept => lines.push(format!(
+            "{} {container} runs here; {to} is told as soon as it answers, and stops its copy if it has one",
+            style("kept").green().bold()
+        )),
+        _ => lines.push(format!("{} {container} was ended here", style("gone").yellow().bold())),
+    }
+    lines.join("\n")
 }
 
 /// All migrations.

@@ -17,7 +17,7 @@ use super::args::{Cli, Command, Format, MigrateArgs, PkiCommand, TimeoutChoice, 
 use super::progress::Progress;
 use super::{exit, output};
 use crate::options::{Options, TimeoutAction};
-use crate::report::{Findings, Report};
+use crate::report::{Doubt, Findings, Outcome, Report};
 
 /// Does what the command line says; the exit code.
 pub async fn run(cli: Cli) -> Result<u8> {
@@ -28,6 +28,14 @@ pub async fn run(cli: Cli) -> Result<u8> {
         Some(Command::Check { container, to, volumes }) => check(socket, format, container, to, volumes).await,
         Some(Command::Status) => status(socket, format).await,
         Some(Command::Cancel { which }) => cancel(socket, which).await,
+        Some(Command::Recover { which, keep_here, gone }) => {
+            let decision = match (keep_here, gone) {
+                (true, _) => agent::Decision::KeepHere,
+                (_, true) => agent::Decision::Gone,
+                _ => agent::Decision::Unspecified,
+            };
+            recover(socket, format, which, decision).await
+        }
         Some(Command::Pki { command }) => make_certificates(command),
         Some(Command::Completions { shell }) => {
             clap_complete::generate(shell, &mut command(), "migrate", &mut std::io::stdout());
@@ -145,6 +153,19 @@ async fn cancel(socket: &Path, which: Option<String>) -> Result<u8> {
         Ok(reply) => {
             println!("cancelling {}", reply.into_inner().migration_id);
             Ok(exit::DONE)
+        }
+    }
+}
+
+async fn recover(socket: &Path, format: Format, which: Option<String>, decision: agent::Decision) -> Result<u8> {
+    let Some(mut client) = connect(socket).await else { return Ok(exit::NO_AGENT) };
+    let request = agent::RecoverRequest { which: which.unwrap_or_default(), decision: decision.into() };
+    match client.recover(request).await {
+        Err(status) => Ok(refused(&status)),
+        Ok(reply) => {
+            let doubt: Doubt = serde_json::from_str(&reply.into_inner().doubt).context("read what is in doubt")?;
+            print(format, &doubt, output::doubt)?;
+            Ok(if doubt.outcome == Outcome::InDoubt { exit::IN_DOUBT } else { exit::DONE })
         }
     }
 }

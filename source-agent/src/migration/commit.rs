@@ -1,50 +1,66 @@
-//! The container changes hands, and what is asked when the answer is lost.
+//! The container changes hands.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use longhaul_common::tls::PeerAddress;
-use longhaul_proto::peer::Outcome as PeerOutcome;
+use longhaul_common::handover::Answer;
+use longhaul_common::handover::source::{Event, State};
 
 use super::prepare::Prepared;
 use super::save::Frozen;
-use super::{ASK_AGAIN, DOUBT_SHOWN_AFTER, Env, MigrationError, Trip};
+use super::{MigrationError, Trip};
+use crate::custody::{Custody, Hands, Line};
 use crate::jobs::{Job, JobEvent};
-use crate::peer::{Peer, Timings};
-use crate::record::{self, Record, RecordPhase};
+use crate::peer::Timings;
+use crate::record::Recovered;
 use crate::report::{Outcome, millis};
-use crate::retire::retire;
 
-/// Goes on with a migration that a killed agent left in doubt: asks until the destination answers, then ends the
-/// container here or lets it run.
-pub async fn resume_in_doubt(env: Arc<Env>, job: Arc<Job>, address: PeerAddress, record: Record) {
-    let migration = job.report().migration;
-    let outcome = loop {
-        let asked = async {
-            let (peer, _) = Peer::connect(&env.identity, &address, env.capabilities.clone()).await?;
-            peer.outcome(&migration, record.epoch).await
-        };
-        match asked.await {
-            Ok(PeerOutcome::Committed) => break Outcome::Moved,
-            Ok(PeerOutcome::Aborted) => break Outcome::Failed,
-            Ok(_) => {}
-            Err(error) => tracing::warn!(migration, error = longhaul_common::chain(&error), "still in doubt"),
-        }
-        tokio::time::sleep(ASK_AGAIN).await;
+/// Goes on with a migration that an earlier life of the agent left behind.
+pub async fn go_on(job: Arc<Job>, mut line: Line, mut custody: Custody<Recovered>) {
+    settle(&mut custody, &mut line, &job).await;
+    tracing::info!(line.migration, state = ?custody.state(), "a migration of an earlier life has ended");
+    conclude_doubt(&job, custody.state());
+}
+
+/// Settles a migration whose answer is missing; the job's followers see that it is in doubt.
+async fn settle<H: Hands>(custody: &mut Custody<H>, line: &mut Line, job: &Job) {
+    let mut decisions = job.decision.subscribe();
+    let doubt = |why: String| {
+        job.note(|report| {
+            report.outcome = Outcome::InDoubt;
+            report.error = Some(format!("{} ({why})", MigrationError::InDoubt));
+        });
+        job.tell(JobEvent::Finished(Box::new(job.report())));
     };
-    if outcome == Outcome::Moved {
-        record::end(&record).await;
-        retire(&env.config.engine.runtime(), &record.description, &migration, &record.to).await;
-    } else {
-        record::let_go(&record).await;
-    }
-    let _ = std::fs::remove_dir_all(&record.dir);
-    env.journal.remove(&migration);
-    tracing::info!(migration, container = record.container, ?outcome, "the destination answered");
+    custody.settle(line, &mut decisions, doubt, || decided(job)).await;
+}
+
+/// An operator's decision was carried out.
+fn decided(job: &Job) {
+    let (outcome, what) = match *job.decision.borrow() {
+        Some(crate::custody::Decision::Keep) => (Outcome::Kept, "an operator kept the container here"),
+        Some(crate::custody::Decision::Disown) => (Outcome::Disowned, "an operator ended the container here"),
+        None => return,
+    };
     job.note(|report| {
         report.outcome = outcome;
-        report.error =
-            (outcome == Outcome::Failed).then(|| "the destination undid it; the container runs here".to_owned());
+        report.error = Some(what.to_owned());
+    });
+    job.tell(JobEvent::Finished(Box::new(job.report())));
+}
+
+/// What the destination's answer makes of a migration in doubt.
+fn conclude_doubt(job: &Job, state: State) {
+    job.note(|report| match (report.outcome, state) {
+        (Outcome::Kept | Outcome::Disowned, _) => {}
+        (_, State::Gone) => {
+            report.outcome = Outcome::Moved;
+            report.error = None;
+        }
+        _ => {
+            report.outcome = Outcome::Failed;
+            report.error = Some("the destination undid it; the container runs here".to_owned());
+        }
     });
     job.tell(JobEvent::Finished(Box::new(job.report())));
 }
@@ -64,57 +80,42 @@ impl Restored {
         let start = Instant::now();
         // CRIU thawed the cgroup to reach the tasks, and holds them. Frozen again, they stay even if CRIU is killed.
         prepared.inspection.live.freezer.freeze_without_waiting()?;
-        trip.record(&prepared.inspection, RecordPhase::Committing)?;
+        trip.hand_over(Event::Restored, "").await?;
         trip.step("journal", start.elapsed());
 
         let start = Instant::now();
-        let answer = prepared.session.commit(trip.epoch).await;
-        let timings = match answer {
-            Ok(timings) => timings,
-            // Also a destination that says it failed: its journal has the last word.
-            Err(error) => {
-                tracing::warn!(error = longhaul_common::chain(&error), "the answer to COMMIT is missing");
-                match settle(trip, &prepared).await {
-                    PeerOutcome::Committed => Timings::new(),
-                    _ => return Err(error.into()),
-                }
-            }
+        let silence = Duration::from_millis(trip.env.config.frozen_silence_ms);
+        let answer = tokio::select! {
+            biased;
+            answer = prepared.session.commit(trip.epoch) => answer,
+            silent = prepared.session.silence(silence) => Err(silent),
         };
         let downtime = at.elapsed();
         trip.step("commit", start.elapsed());
-        note_timings(trip, timings);
-        trip.job.note(|report| report.downtime_ms = Some(millis(downtime)));
+        match answer {
+            Ok(timings) => note_timings(trip, timings),
+            // Also a destination that says it failed: its journal has the last word.
+            Err(error) => {
+                tracing::warn!(error = longhaul_common::chain(&error), "the answer to COMMIT is missing");
+                let mut line = trip.line(Some(prepared.peer.clone()));
+                let mut custody = trip.custody.lock().await;
+                settle(&mut custody, &mut line, &trip.job).await;
+                let outcome = trip.job.report().outcome;
+                match (custody.state(), outcome) {
+                    (_, Outcome::Kept | Outcome::Disowned) => return Err(MigrationError::Decided(outcome)),
+                    (State::Gone, _) => {}
+                    _ => return Err(error.into()),
+                }
+            }
+        }
+        trip.job.note(|report| {
+            report.error = None;
+            report.downtime_ms = Some(millis(downtime));
+        });
         if let Some(memory) = &prepared.memory {
             trip.env.fixed_downtime.learn(Duration::from_secs_f64(memory.predicted_ms / 1000.0), downtime);
         }
-        Ok(Committed { prepared })
-    }
-}
-
-/// Asks until the destination knows. The container stays frozen meanwhile; the command is told after a while.
-async fn settle(trip: &Trip, prepared: &Prepared) -> PeerOutcome {
-    let start = Instant::now();
-    let mut shown = false;
-    let mut peer = prepared.peer.clone();
-    loop {
-        match peer.outcome(&trip.migration, trip.epoch).await {
-            Ok(outcome @ (PeerOutcome::Committed | PeerOutcome::Aborted)) => return outcome,
-            Ok(_) => {}
-            Err(error) => tracing::warn!(error = longhaul_common::chain(&error), "the destination does not answer"),
-        }
-        if !shown && start.elapsed() > DOUBT_SHOWN_AFTER {
-            shown = true;
-            trip.job.note(|report| {
-                report.outcome = Outcome::InDoubt;
-                report.error = Some(MigrationError::InDoubt.to_string());
-            });
-            trip.job.tell(JobEvent::Finished(Box::new(trip.job.report())));
-        }
-        tokio::time::sleep(ASK_AGAIN).await;
-        let connected = Peer::connect(&trip.env.identity, &trip.address, trip.env.capabilities.clone()).await;
-        if let Ok((fresh, _)) = connected {
-            peer = fresh;
-        }
+        Ok(Committed { _prepared: prepared })
     }
 }
 
@@ -126,37 +127,13 @@ pub(super) fn note_timings(trip: &Trip, timings: Timings) {
 
 /// The container runs at the destination.
 pub(super) struct Committed {
-    prepared: Prepared,
+    /// Its tracker and its connections, until the container has ended here.
+    _prepared: Prepared,
 }
 
 impl Committed {
+    /// Ends the container here, if that is not done yet.
     pub(super) async fn retire(self, trip: &Trip) -> Result<(), MigrationError> {
-        let checkpoint = {
-            let mut rollback = trip.rollback.lock().await;
-            rollback.give_away();
-            rollback.checkpoint.take()
-        };
-        let live = &self.prepared.inspection.live;
-        // Killed while frozen, so that none runs another instruction; gone once thawed.
-        // No step below can fail the migration any more: the container runs at the destination.
-        for pid in live.freezer.tasks().unwrap_or_default() {
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
-        }
-        if let Err(error) = live.freezer.thaw() {
-            tracing::warn!(%error, "can't thaw what was killed");
-        }
-        if let Some(checkpoint) = checkpoint {
-            checkpoint.kill().await;
-        }
-        // The namespace would take them along, but only some time after its last task.
-        for port in &live.ports {
-            if let Err(error) = port.remove() {
-                tracing::debug!(%error, "the interface was gone already");
-            }
-        }
-        let runtime = trip.env.config.engine.runtime();
-        retire(&runtime, &self.prepared.inspection.description, &trip.migration, &trip.address.host).await;
-        trip.env.journal.remove(&trip.migration);
-        Ok(())
+        Ok(trip.hand_over(Event::Heard(Answer::Committed(trip.epoch)), "").await?)
     }
 }

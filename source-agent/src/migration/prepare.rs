@@ -21,7 +21,6 @@ use crate::memory::tracker::{TrackError, WriteProtect};
 use crate::options::{DEFAULT_MAX_DOWNTIME, DEFAULT_MAX_ROUNDS, TimeoutAction};
 use crate::peer::{Pages, Peer, Session};
 use crate::push::{Pass, PushError, Trees};
-use crate::record::RecordPhase;
 use crate::report::{MemoryReport, millis};
 
 /// Both sides fit together.
@@ -265,7 +264,7 @@ impl Copied {
             environment: if pages == Pages::None { Vec::new() } else { vec![filter::environment(&trip.dir)] },
         };
         // First on record: what is started now outlives an agent that is killed.
-        trip.record(&prepared.inspection, RecordPhase::Held)?;
+        trip.hold(&prepared.inspection).await?;
         let armed = Armed::start(&trip.env.config.engine, &trip.container, &trip.dir, &externals).await?;
         let descriptors = armed.descriptors();
         trip.rollback.lock().await.checkpoint = Some(armed);

@@ -1,12 +1,19 @@
-//! What a failed migration puts back, so that the container goes on as if nothing had happened.
+//! What is done to a container on its way, and how it is taken back, so that it goes on as if nothing had happened.
 
 use std::sync::Arc;
 
 use longhaul_common::cgroup::Freezer;
+use longhaul_common::handover::{Epoch, SourcePhase};
+use longhaul_common::journal::{Journal, JournalError};
 use longhaul_common::net::Port;
+use longhaul_common::runtime::Runtime;
+use tokio::sync::Mutex;
 
 use crate::checkpoint::Armed;
+use crate::custody::Hands;
 use crate::peer::Session;
+use crate::record::{Record, kill_frozen};
+use crate::retire::retire;
 
 /// Everything that was changed, filled in as it is changed.
 #[derive(Default)]
@@ -22,13 +29,6 @@ pub(super) struct Rollback {
 }
 
 impl Rollback {
-    /// The container is the destination's: nothing is put back any more.
-    pub(super) fn give_away(&mut self) {
-        self.freezer = None;
-        self.ports.clear();
-        self.session = None;
-    }
-
     /// Puts everything back. Every step is tried, whatever became of the one before.
     pub(super) async fn undo(&mut self, reason: &str) {
         // CRIU first: it cures the tasks of its code and takes their sockets out of repair mode.
@@ -50,5 +50,57 @@ impl Rollback {
         if let Some(session) = self.session.take() {
             session.abort(reason).await;
         }
+    }
+}
+
+/// The hands of a migration under way.
+pub(super) struct Live {
+    pub(super) migration: String,
+    pub(super) journal: Journal,
+    pub(super) runtime: Runtime,
+    pub(super) rollback: Arc<Mutex<Rollback>>,
+    /// Where the container goes.
+    pub(super) to: String,
+    /// What is written down of it, and its cgroup and ports, once it is about to be held.
+    pub(super) held: Option<(Record, Freezer, Vec<Port>)>,
+}
+
+impl Hands for Live {
+    fn record(&mut self, phase: SourcePhase, epoch: Epoch) -> Result<(), JournalError> {
+        let Some((record, ..)) = &mut self.held else { return Ok(()) };
+        (record.phase, record.epoch) = (phase, epoch);
+        self.journal.write(&self.migration, record)
+    }
+
+    fn erase(&mut self) {
+        self.journal.remove(&self.migration);
+    }
+
+    async fn let_go(&mut self, why: &str) {
+        self.rollback.lock().await.undo(why).await;
+    }
+
+    /// No step can fail the migration any more: the container is not this host's.
+    async fn end(&mut self) {
+        let checkpoint = {
+            let mut rollback = self.rollback.lock().await;
+            // Nothing is put back any more.
+            rollback.freezer = None;
+            rollback.ports.clear();
+            rollback.session = None;
+            rollback.checkpoint.take()
+        };
+        let Some((record, freezer, ports)) = &self.held else { return };
+        kill_frozen(freezer);
+        if let Some(checkpoint) = checkpoint {
+            checkpoint.kill().await;
+        }
+        // The namespace would take them along, but only some time after its last task.
+        for port in ports {
+            if let Err(error) = port.remove() {
+                tracing::debug!(%error, "the interface was gone already");
+            }
+        }
+        retire(&self.runtime, &record.description, &self.migration, &self.to).await;
     }
 }

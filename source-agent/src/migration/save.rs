@@ -12,7 +12,7 @@ use super::quiesce::quiesce;
 use super::{IMAGE_QUEUE, MigrationError, Trip};
 use crate::checkpoint::{CheckpointError, images_dir};
 use crate::images::{ImageSender, Sent};
-use crate::peer::Pages;
+use crate::peer::{Pages, Session};
 use crate::push::{Pass, Round};
 
 /// Both runtimes wait for their word.
@@ -48,6 +48,11 @@ pub(super) struct Frozen {
 }
 
 impl Frozen {
+    /// The destination's half.
+    pub(super) fn session(&self) -> Arc<Session> {
+        self.prepared.session.clone()
+    }
+
     /// CRIU's dump, its images, the last pages, and the last change of the files: all at once.
     pub(super) async fn save(mut self, trip: &Trip) -> Result<Saved, MigrationError> {
         let Prepared { peer, inspection, trees, memory, .. } = &mut self.prepared;

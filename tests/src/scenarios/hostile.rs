@@ -86,7 +86,12 @@ impl Control {
 
     async fn say(&mut self, message: Request) -> Result<Reply> {
         self.send.send(peer::SourceMessage { message: Some(message) }).await?;
-        self.replies.message().await?.and_then(|reply| reply.message).context("no reply")
+        loop {
+            let reply = self.replies.message().await?.and_then(|reply| reply.message).context("no reply")?;
+            if !matches!(reply, Reply::Heartbeat(_)) {
+                return Ok(reply);
+            }
+        }
     }
 
     async fn offer(&mut self, id: &str, description: Vec<u8>) -> Result<Reply> {
@@ -206,7 +211,7 @@ fn out_of_turn(lab: &Lab) -> Result<()> {
 
 /// The answer to this question is given only once the migration has been undone.
 async fn wait_gone(client: &mut PeerClient<Channel>, id: &str) -> Result<()> {
-    let request = peer::OutcomeRequest { migration_id: id.into(), epoch: 1 };
+    let request = peer::OutcomeRequest { migration_id: id.into(), epoch: 1, supersede: false };
     let outcome = client.outcome(request).await?.into_inner().outcome();
     ensure!(outcome == peer::Outcome::Aborted, "{outcome:?}");
     Ok(())
