@@ -64,9 +64,7 @@ const _: () = assert!(size_of::<ScanArg>() == 96 && size_of::<PageRegion>() == 2
 pub enum Scan {
     /// Pages that have content of the task's own: what CRIU would save (`pmc_fill` in criu/pagemap-cache.c, 4.2).
     Content,
-    /// Of those, the ones written since they were last protected.
-    Written,
-    /// The same, and each is protected again in the same step.
+    /// Of those, the ones written since they were last protected; each is protected again in the same step.
     TakeWritten,
     /// Pages with content that are not in memory.
     Swapped,
@@ -86,23 +84,49 @@ pub enum Backing {
 /// `/proc/<pid>/pagemap`.
 ///
 /// # Errors
-/// `EPERM` for `Written` and `TakeWritten` where an area is not registered for asynchronous write protection: what was
+/// `EPERM` for `TakeWritten` where an area is not registered for asynchronous write protection: what was
 /// found until then may not be all. `ENOTTY` before Linux 6.7.
 pub fn scan(
     pagemap: &File,
-    (start, end): (u64, u64),
+    area: (u64, u64),
     backing: Backing,
     what: Scan,
     mut found: impl FnMut(u64, u64),
 ) -> io::Result<()> {
-    let mut regions = [PageRegion::default(); REGIONS];
     let (flags, written) = match what {
         Scan::Content | Scan::Swapped => (0, 0),
-        Scan::Written => (PM_SCAN_CHECK_WPASYNC, category::WRITTEN),
         Scan::TakeWritten => (PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, category::WRITTEN),
     };
     let present = if what == Scan::Swapped { 0 } else { category::PRESENT };
+    walk(pagemap, area, backing, (flags, written, present), |region| found(region.start, region.end))
+}
+
+/// Calls `found` with every range of pages that have content, in order, and whether they were written since they were last
+/// protected: one walk over the page tables for both.
+///
+/// # Errors
+/// As of [`scan`] for `TakeWritten`.
+pub fn scan_content_and_written(
+    pagemap: &File,
+    area: (u64, u64),
+    backing: Backing,
+    mut found: impl FnMut(u64, u64, bool),
+) -> io::Result<()> {
+    walk(pagemap, area, backing, (PM_SCAN_CHECK_WPASYNC, 0, category::PRESENT), |region| {
+        found(region.start, region.end, region.categories & category::WRITTEN != 0);
+    })
+}
+
+fn walk(
+    pagemap: &File,
+    (start, end): (u64, u64),
+    backing: Backing,
+    (flags, written, present): (u64, u64, u64),
+    mut found: impl FnMut(&PageRegion),
+) -> io::Result<()> {
+    let mut regions = [PageRegion::default(); REGIONS];
     let absent = no_content() | if backing == Backing::File { category::FILE } else { 0 };
+    let told = if flags & PM_SCAN_CHECK_WPASYNC == 0 { 0 } else { category::WRITTEN };
     let mut at = start;
     while at < end {
         let mut arg = ScanArg {
@@ -115,13 +139,13 @@ pub fn scan(
             category_inverted: absent,
             category_mask: absent | written,
             category_anyof_mask: present | category::SWAPPED,
-            return_mask: category::PRESENT | category::SWAPPED,
+            return_mask: category::PRESENT | category::SWAPPED | told,
             ..ScanArg::default()
         };
         // SAFETY: the argument and the vector it points to outlive the call and have the sizes they say.
         let count = unsafe { request::pagemap_scan(pagemap.as_raw_fd(), &raw mut arg) }?;
         for region in regions.iter().take(usize::try_from(count).unwrap_or(0)) {
-            found(region.start, region.end);
+            found(region);
         }
         if arg.walk_end <= at {
             return Err(io::Error::other("the kernel's page scan does not get on"));

@@ -69,7 +69,7 @@ pub fn place(dir: &Path, init: i32) -> Result<u64, PlaceError> {
         let pid = *tasks.iter().find(is_it).ok_or(PlaceError::Task(space))?;
         let task = Task::open(pid).map_err(failed)?;
         let later = Index::path(dir, Due::Later, space);
-        let later = if later.exists() { Index::read(&later).map_err(failed)? } else { Index::default() };
+        let later = if later.exists() { Index::read_ranges(&later).map_err(failed)? } else { Index::default() };
         let mut plan = Plan::default();
         plan.add(space.into(), Arc::new(Index::read(&path).map_err(failed)?));
         while let Some(run) = plan.next(SpaceId::from(space), CHUNK) {

@@ -4,7 +4,8 @@
 //! u64 number of ranges | per range: u64 first page, u64 end | u32 slot for each page of the ranges, in order
 //! ```
 
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, BufReader, Read, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -75,6 +76,21 @@ impl Index {
     pub fn read(path: &Path) -> io::Result<Self> {
         let bytes = std::fs::read(path)?;
         Self::parse(&bytes).ok_or_else(|| io::Error::other(format!("{} is damaged", path.display())))
+    }
+
+    /// Reads one's ranges alone: of a large address space the slots are megabytes.
+    pub fn read_ranges(path: &Path) -> io::Result<Self> {
+        let mut file = BufReader::new(File::open(path)?);
+        let mut eight = [0; 8];
+        let mut next = || {
+            file.read_exact(&mut eight)?;
+            Ok::<u64, io::Error>(u64::from_le_bytes(eight))
+        };
+        let mut ranges = Vec::new();
+        for _ in 0..next()? {
+            ranges.push((next()?..next()?, 0));
+        }
+        Ok(Self { ranges, slots: Vec::new() })
     }
 
     /// Whether a page is in it.

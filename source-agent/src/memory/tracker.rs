@@ -15,7 +15,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use longhaul_common::sys::memory::{Backing, Scan, begin_write_tracking, register_write_tracking, scan};
+use longhaul_common::sys::memory::{
+    Backing, Scan, begin_write_tracking, register_write_tracking, scan, scan_content_and_written,
+};
 use longhaul_common::sys::share_memory;
 use longhaul_common::tasks::inner_pid;
 use nix::libc;
@@ -234,7 +236,7 @@ fn follow(space: &mut Space, pid: i32, ranges: &mut Vec<Area>) -> Result<(), Fol
     let mut looked = false;
     for private in private(pid).map_err(Followed::Failed)? {
         let before = ranges.len();
-        match written(&pagemap, &private, Scan::TakeWritten, ranges) {
+        match take_written(&pagemap, &private, ranges) {
             Ok(()) => continue,
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => ranges.truncate(before),
             Err(error) => return Err(Followed::Failed(error)),
@@ -262,7 +264,7 @@ fn follow(space: &mut Space, pid: i32, ranges: &mut Vec<Area>) -> Result<(), Fol
         }
         // Protected first and read then: what is written in between counts as written in the next round, too. All content
         // counts, also where the scan above had taken a part of it before it failed.
-        let _ = written(&pagemap, &private, Scan::TakeWritten, &mut Vec::new());
+        let _ = take_written(&pagemap, &private, &mut Vec::new());
         look(&pagemap, &private, Scan::Content, ranges).map_err(Followed::Failed)?;
     }
     Ok(())
@@ -279,11 +281,11 @@ fn has_content(pagemap: &File, private: &Private) -> io::Result<bool> {
     Ok(!found.is_empty())
 }
 
-/// What was written in an area, by a scan for that. Where the task gave up pages of a file's mapping (`MADV_DONTNEED`), the
+/// What was written in an area. Where the task gave up pages of a file's mapping (`MADV_DONTNEED`), the
 /// kernel leaves markers in their place (`pte_install_uffd_wp_if_needed` in mm/memory.c), which look like swapped pages that
 /// nobody has written: what is there now is the file's content, and must be looked at again.
-fn written(pagemap: &File, private: &Private, what: Scan, ranges: &mut Vec<Area>) -> io::Result<()> {
-    look(pagemap, private, what, ranges)?;
+fn take_written(pagemap: &File, private: &Private, ranges: &mut Vec<Area>) -> io::Result<()> {
+    look(pagemap, private, Scan::TakeWritten, ranges)?;
     if private.is_file { look(pagemap, private, Scan::Swapped, ranges) } else { Ok(()) }
 }
 
@@ -353,19 +355,32 @@ fn look_at(space: &mut Space, pid: i32) -> io::Result<Frozen> {
         space.marks = marks(pid)?;
     }
     for private in private(pid)? {
-        let before = frozen.written.len();
-        match written(&pagemap, &private, Scan::Written, &mut frozen.written) {
+        let at_once = private.is_file || space.mark(&private.area).is_some();
+        let content = if at_once { &mut frozen.at_once } else { &mut frozen.later };
+        let before = (frozen.written.len(), content.len());
+        let Area { start, end } = private.area;
+        let found = scan_content_and_written(&pagemap, (start, end), backing(&private), |start, end, is_written| {
+            if is_written {
+                frozen.written.push(start..end);
+            }
+            match content.last_mut() {
+                Some(last) if last.end == start && last.start >= private.area.start => last.end = end,
+                _ => content.push(start..end),
+            }
+        });
+        match found {
             Ok(()) => {}
             // New since the last round: CRIU's.
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
-                frozen.written.truncate(before);
+                frozen.written.truncate(before.0);
+                content.truncate(before.1);
                 continue;
             }
             Err(error) => return Err(error),
         }
-        let at_once = private.is_file || space.mark(&private.area).is_some();
-        let content = if at_once { &mut frozen.at_once } else { &mut frozen.later };
-        look(&pagemap, &private, Scan::Content, content)?;
+        if private.is_file {
+            look(&pagemap, &private, Scan::Swapped, &mut frozen.written)?;
+        }
         frozen.followed.push(private.area);
     }
     Ok(frozen)
