@@ -10,6 +10,7 @@ pub mod config;
 pub mod criu;
 pub mod daemon;
 pub mod description;
+pub mod fault;
 pub mod handover;
 pub mod host;
 pub mod journal;

@@ -15,6 +15,7 @@ use longhaul_common::config::DestConfig;
 use longhaul_common::criu::hold::{HoldEvent, HoldListener};
 use longhaul_common::criu::keep_logs;
 use longhaul_common::description::Description;
+use longhaul_common::fault;
 use longhaul_common::handover::destination::{Action, Destination, Event, State as Custody};
 use longhaul_common::handover::{Answer, DestinationPhase, Epoch, Request};
 use longhaul_common::journal::{Journal, JournalError};
@@ -249,6 +250,7 @@ impl Arrival {
         let mut timings = Timings::new();
         for action in stage.machine.on(event) {
             tracing::debug!(?action, "hand-over");
+            fault::point(&format!("destination:{}", action.name()));
             match action {
                 Action::Record(phase, _) => {
                     let start = Instant::now();
@@ -387,6 +389,7 @@ impl Arrival {
         match restored.await {
             Ok(()) => {
                 stage.state = State::Stopped(staging, armed);
+                fault::point("destination:restored");
                 self.on(&mut stage, Event::Restored).await?;
                 Ok((timings, stored))
             }

@@ -4,6 +4,7 @@
 use std::future::Future;
 use std::time::{Duration, Instant};
 
+use longhaul_common::fault;
 use longhaul_common::handover::source::{Action, Event, Source, State};
 use longhaul_common::handover::{Answer, Epoch, Request, SourcePhase};
 use longhaul_common::host::Capabilities;
@@ -90,6 +91,7 @@ impl<H: Hands> Custody<H> {
         let mut said = None;
         for action in actions {
             tracing::debug!(?action, "hand-over");
+            fault::point(&format!("source:{}", action.name()));
             match action {
                 Action::Record(phase, epoch) => {
                     if let Err(error) = self.hands.record(phase, epoch) {

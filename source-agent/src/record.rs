@@ -87,10 +87,18 @@ impl Hands for Recovered {
     }
 }
 
-/// At the agent's start: what an earlier life left frozen and still owned is let go. Returns what is not settled yet.
-pub async fn recover(journal: &Journal, runtime: &Runtime) -> Vec<Custody<Recovered>> {
+/// At the agent's start: what an earlier life left frozen and still owned is let go, and what it left in `run` taken away.
+/// Returns what is not settled yet.
+pub async fn recover(journal: &Journal, runtime: &Runtime, run: &Path) -> Vec<Custody<Recovered>> {
     let mut open = Vec::new();
-    for (migration, record) in journal.all::<Record>() {
+    let records = journal.all::<Record>();
+    for entry in std::fs::read_dir(run).into_iter().flatten().flatten() {
+        // Of a migration that was cut off before anything was held.
+        if !records.iter().any(|(_, record)| record.dir == entry.path()) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+    for (migration, record) in records {
         let (phase, epoch) = (record.phase, record.epoch);
         tracing::warn!(migration, container = record.container, ?phase, epoch, "found a migration of an earlier life");
         let hands = Recovered { migration, record, journal: journal.clone(), runtime: runtime.clone() };

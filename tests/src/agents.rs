@@ -77,7 +77,8 @@ fn install_programs(host: &Host) -> Result<()> {
     Ok(())
 }
 
-fn configure(lab: &Lab, host: &Host) -> Result<()> {
+/// Writes both agents' configuration.
+pub fn configure(lab: &Lab, host: &Host) -> Result<()> {
     let names: Vec<String> = lab.hosts.iter().map(|host| format!("\"{}\"", host.name)).collect();
     // Several hosts share two cores, and labs run side by side: a thread may not get one for longer than an operator's host
     // would let it wait. Scenarios about a silent destination set their own.
@@ -118,12 +119,24 @@ impl Agent {
     }
 }
 
+impl Agent {
+    /// The file in the host that asks for a fault (`longhaul_common::fault`).
+    pub fn fault_file(self) -> String {
+        format!("/tmp/{}.fault", self.program())
+    }
+}
+
+/// Asks an agent for a fault at a point: `kill`, `stop`, `hold`.
+pub fn ask_fault(host: &Host, agent: Agent, point: &str, action: &str) -> Result<()> {
+    Ok(fs::write(host.path(&agent.fault_file()), format!("{point} {action}\n"))?)
+}
+
 /// Starts an agent; its log is appended to.
 pub fn start(host: &Host, agent: Agent) -> Result<()> {
     use std::os::unix::process::CommandExt;
     let log = fs::OpenOptions::new().create(true).append(true).open(host.path(&agent.log()))?;
     let child = host
-        .command([agent.program()])
+        .command(["env", &format!("LONGHAUL_FAULT={}", agent.fault_file()), agent.program()])
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)

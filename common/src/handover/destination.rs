@@ -32,6 +32,19 @@ pub enum Action {
     Tell(Answer),
 }
 
+impl Action {
+    /// Its name: `record:committed`, `undo`, `resume`, `fence`, `tell`.
+    pub fn name(self) -> String {
+        match self {
+            Self::Record(phase, _) => format!("record:{phase:?}").to_lowercase(),
+            Self::Undo => "undo".to_owned(),
+            Self::Resume => "resume".to_owned(),
+            Self::Fence => "fence".to_owned(),
+            Self::Tell(_) => "tell".to_owned(),
+        }
+    }
+}
+
 /// Where the destination stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum State {

@@ -38,6 +38,19 @@ pub enum Action {
     Erase,
 }
 
+impl Action {
+    /// Its name: `record:held`, `let-go`, `end`, `tell`, `erase`.
+    pub fn name(self) -> String {
+        match self {
+            Self::Record(phase, _) => format!("record:{phase:?}").to_lowercase(),
+            Self::LetGo => "let-go".to_owned(),
+            Self::End => "end".to_owned(),
+            Self::Tell(_) => "tell".to_owned(),
+            Self::Erase => "erase".to_owned(),
+        }
+    }
+}
+
 /// Where the source stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum State {

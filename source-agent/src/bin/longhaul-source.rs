@@ -52,9 +52,10 @@ async fn run(cli: &Cli) -> Result<()> {
     let config: SourceConfig = config::load(&path, cli.config.is_some())?;
     let identity = Identity::load(&config.tls)?;
     std::fs::create_dir_all(&config.paths.run).with_context(|| format!("create {}", config.paths.run.display()))?;
-    let memory = longhaul_common::memory_dir::mount(&config.paths.run.join("source"))?;
+    let run = config.paths.run.join("source");
+    let memory = longhaul_common::memory_dir::mount(&run)?;
     let journal = Journal::open(config.paths.state.join("source"))?;
-    let open = record::recover(&journal, &config.engine.runtime()).await;
+    let open = record::recover(&journal, &config.engine.runtime(), &run).await;
     let socket = config.socket.clone().unwrap_or_else(|| config::AGENT_SOCKET.into());
     let env = Arc::new(Env {
         fixed_downtime: Calibration::default(),

@@ -1,6 +1,7 @@
 //! What is tried with the real thing. A name is a sentence that must hold.
 
 mod clients;
+mod doubt;
 mod failures;
 mod files;
 mod hostile;
@@ -24,6 +25,7 @@ pub fn all() -> Vec<Scenario> {
     all.extend(clients::scenarios());
     all.extend(memory::scenarios());
     all.extend(files::scenarios());
+    all.extend(doubt::scenarios());
     all.extend(failures::scenarios());
     all.extend(refusals::scenarios());
     all.extend(trust::scenarios());
@@ -53,7 +55,8 @@ fn redis(host: &Host, client: &Host) -> Result<ContainerSpec> {
     let spec = ContainerSpec::new(
         "web",
         REDIS,
-        &["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", ""],
+        // With DEBUG, which fills it.
+        &["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--enable-debug-command", "yes"],
     );
     spec.start(host)?;
     wait_port(client, "10.77.0.20:6379")?;
