@@ -58,6 +58,24 @@ pub fn end_restore(socket: &Path, runtime_dir: &Path) {
     }
 }
 
+/// The cgroups of a restore's hold that are not this process's: the container's.
+pub fn cgroups_of_hold(socket: &Path) -> Vec<PathBuf> {
+    let own = cgroup_dirs(std::process::id().cast_signed());
+    let started = processes_of(SOCKET_ENV, socket);
+    let dirs: BTreeSet<PathBuf> = started.into_iter().flat_map(cgroup_dirs).filter(|dir| !own.contains(dir)).collect();
+    dirs.into_iter().collect()
+}
+
+/// Removes the cgroups of a restore that has failed, once its last process is gone: a runtime gives up on one in which
+/// CRIU is still ending.
+pub fn remove_cgroups(socket: &Path, dirs: &[PathBuf]) {
+    wait_gone(|| is_running(socket), GONE_DEADLINE);
+    for dir in dirs.iter().rev() {
+        // Gone already, as a rule.
+        let _ = fs::remove_dir(dir);
+    }
+}
+
 /// Whether a process that was started for the migration whose hold listens at `socket` is still there.
 pub fn is_running(socket: &Path) -> bool {
     processes_of(SOCKET_ENV, socket).into_iter().any(is_alive)

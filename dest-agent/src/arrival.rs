@@ -5,38 +5,34 @@
 //!     └──────────┴─────────┴──Abort, silence, a broken stream──▶ undone      (no way back)
 //! ```
 
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use longhaul_common::cgroup::Freezer;
 use longhaul_common::config::DestConfig;
-use longhaul_common::criu::hold::{HoldEvent, HoldListener};
 use longhaul_common::criu::keep_logs;
 use longhaul_common::description::Description;
 use longhaul_common::fault;
 use longhaul_common::handover::destination::{Action, Destination, Event, State as Custody};
 use longhaul_common::handover::{Answer, DestinationPhase, Epoch, Request};
 use longhaul_common::journal::{Journal, JournalError};
-use longhaul_common::layers::LayerDigests;
-use longhaul_common::leftovers::{end_restore, is_filling};
 use longhaul_common::net::{Neighbour, Port};
-use longhaul_common::tree::{TreeError, TreeItem, Writer};
-use serde::{Deserialize, Serialize};
+use longhaul_common::tree::TreeError;
 use thiserror::Error;
 use tokio::sync::Mutex;
 use tracing::Instrument;
 
 use crate::image_entries::EntriesError;
-use crate::images::{ImageError, ImageWriter};
+use crate::images::ImageError;
+use crate::intake::Intake;
 use crate::memory::receive::{Memory, ReceiveError};
 use crate::memory::store::PageStore;
-use crate::one_file::{OneFile, OneFileError};
+use crate::one_file::OneFileError;
 use crate::pagemap::restore_from_images;
 use crate::preflight::Findings;
-use crate::restore::{Armed, MemoryFrom, RestoreError, hold_socket};
-use crate::staging::{Made, Staging, StagingError, Target, clear_run, layer_store, settle_run, undo};
+use crate::record::{Record, fence};
+use crate::restore::{Armed, MemoryFrom, RestoreError};
+use crate::staging::{Made, Staging, StagingError, clear_run};
 use crate::timerfd::rearm_expired;
 
 /// A step that failed, or was not due.
@@ -112,25 +108,6 @@ pub enum ArrivalError {
     },
 }
 
-/// What the journal holds of a migration.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Record {
-    /// The container.
-    pub container: String,
-    /// The migration's epoch.
-    pub epoch: Epoch,
-    /// How far it is.
-    pub phase: DestinationPhase,
-    /// What was made for it.
-    pub made: Made,
-    /// The host's ends of its interfaces: name, index, bridge. Of a committed one, to be put on their bridges.
-    #[serde(default)]
-    pub ports: Vec<(String, u32, String)>,
-}
-
-/// How long the end of a migration is remembered: a source in doubt asks within minutes, or its host was down for days.
-const REMEMBERED: std::time::Duration = std::time::Duration::from_secs(30 * 24 * 3600);
-
 /// A step's duration, by name.
 pub type Timings = Vec<(&'static str, std::time::Duration)>;
 
@@ -148,46 +125,7 @@ pub struct Arrival {
     journal: Journal,
     memory_limit: u64,
     state: Mutex<Stage>,
-    writers: std::sync::Mutex<Writers>,
-}
-
-#[derive(Default)]
-struct Writers {
-    open: bool,
-    trees: HashMap<u32, TreeWriter>,
-    targets: Vec<Option<Target>>,
-    images_dir: PathBuf,
-    images_arrived: Option<u64>,
-    memory: Option<Arc<Memory>>,
-}
-
-/// Writes what is pushed: a tree, or a file in place.
-enum TreeWriter {
-    Tree(Box<Writer>),
-    File(OneFile),
-}
-
-impl TreeWriter {
-    fn open(target: &Target) -> Result<Self, TreeError> {
-        Ok(match &target.only {
-            Some(name) => Self::File(OneFile::new(&target.root, name)),
-            None => Self::Tree(Box::new(Writer::open(&target.root, target.kind)?)),
-        })
-    }
-
-    fn apply(&mut self, item: TreeItem) -> Result<(), ArrivalError> {
-        match self {
-            Self::Tree(writer) => Ok(writer.apply(item)?),
-            Self::File(file) => Ok(file.apply(item)?),
-        }
-    }
-
-    fn finish(&mut self) -> Result<(), ArrivalError> {
-        match self {
-            Self::Tree(writer) => Ok(writer.finish()?),
-            Self::File(file) => Ok(file.finish()?),
-        }
-    }
+    intake: Intake,
 }
 
 /// Where an arrival stands: what it has, and whose the container is.
@@ -233,8 +171,8 @@ impl Arrival {
         let state = State::Offered(Box::new(staging));
         let state = Mutex::new(Stage { state, machine: Destination::new(epoch) });
         let memory_limit = findings.memory_limit;
-        let writers = std::sync::Mutex::default();
-        Self { migration, epoch, container, peer, config, journal, memory_limit, state, writers }
+        let intake = Intake::new(&config.paths);
+        Self { migration, epoch, container, peer, config, journal, memory_limit, state, intake }
     }
 
     fn record(&self, phase: DestinationPhase, made: Made, ports: &[Port]) -> Result<(), JournalError> {
@@ -314,12 +252,7 @@ impl Arrival {
                 return Err(error.into());
             }
         };
-        if let Ok(mut writers) = self.writers.lock() {
-            writers.open = true;
-            writers.memory = Some(memory);
-            writers.targets.clone_from(&staging.targets);
-            writers.images_dir = staging.images();
-        }
+        self.intake.open(memory, staging.targets.clone(), staging.images());
         stage.state = State::Staged(staging);
         Ok(())
     }
@@ -364,7 +297,7 @@ impl Arrival {
         else {
             return Err(out_of_turn("Restore", "it once, after Arm", &stage.state));
         };
-        let (arrived, memory) = self.close_writers();
+        let (arrived, memory) = self.intake.close();
         let mut timings = Timings::new();
         let mut stored = 0;
         let restored = async {
@@ -463,7 +396,7 @@ impl Arrival {
     /// Takes everything away, unless the container is this host's.
     pub async fn abort(&self, reason: &str) {
         let mut stage = self.state.lock().await;
-        self.close_writers();
+        self.intake.close();
         // Nothing was made yet, and nothing has to be known of it.
         if matches!(stage.state, State::Offered(_)) {
             stage.state = State::Undone;
@@ -478,7 +411,7 @@ impl Arrival {
     /// What became of it, for a source that asks, or that an operator decided for.
     pub async fn decide(&self, request: Request) -> Result<Option<Answer>, ArrivalError> {
         let mut stage = self.state.lock().await;
-        self.close_writers();
+        self.intake.close();
         Ok(self.on(&mut stage, Event::Heard(request)).await?.0)
     }
 
@@ -506,97 +439,14 @@ impl Arrival {
         self.state.lock().await.machine.state() == Custody::Committed
     }
 
-    /// Where a tree goes; an error if it is not to be pushed now.
-    fn writer(&self, tree: u32) -> Result<(TreeWriter, Target), ArrivalError> {
-        let mut writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if !writers.open {
-            return Err(ArrivalError::OutOfTurn { got: "a tree", state: "not taking files", expected: "Prepare" });
-        }
-        let target = writers.targets.get(tree as usize).cloned().flatten().ok_or(ArrivalError::Tree(tree))?;
-        let writer = match writers.trees.remove(&tree) {
-            Some(writer) => writer,
-            None => TreeWriter::open(&target)?,
-        };
-        Ok((writer, target))
-    }
-
-    /// One pass over one tree, for a blocking thread. The items and bytes that were applied.
-    pub fn apply_pass(
-        &self,
-        tree: u32,
-        items: impl Iterator<Item = Result<TreeItem, ArrivalError>>,
-    ) -> Result<(u64, u64), ArrivalError> {
-        let (mut writer, target) = self.writer(tree)?;
-        let (mut count, mut bytes) = (0, 0);
-        for item in items {
-            let item = item?;
-            if let TreeItem::Data { bytes: data, .. } = &item {
-                bytes += data.len() as u64;
-            }
-            count += 1;
-            writer.apply(item)?;
-        }
-        writer.finish()?;
-        if let Some(expected) = &target.digest {
-            self.store_layer(&target, expected)?;
-            return Ok((count, bytes));
-        }
-        let mut writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        writers.trees.insert(tree, writer);
-        Ok((count, bytes))
-    }
-
-    fn store_layer(&self, target: &Target, expected: &str) -> Result<(), ArrivalError> {
-        let got = LayerDigests::open(&self.config.paths.state).digest(&target.root)?;
-        if got != expected {
-            return Err(ArrivalError::Layer { got, expected: expected.to_owned() });
-        }
-        let place = layer_store(&self.config.paths).join(expected);
-        match std::fs::rename(&target.root, &place) {
-            Ok(()) => Ok(()),
-            // Another arrival brought the same layer meanwhile.
-            Err(_) if place.is_dir() => Ok(()),
-            Err(source) => Err(ArrivalError::File { path: place, source }),
-        }
-    }
-
-    /// The writer of CRIU's images.
-    pub fn image_writer(&self) -> Result<ImageWriter, ArrivalError> {
-        let writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if !writers.open || writers.images_arrived.is_some() {
-            return Err(ArrivalError::OutOfTurn { got: "images", state: "not taking them", expected: "Prepare" });
-        }
-        Ok(ImageWriter::new(&writers.images_dir))
-    }
-
-    /// All images are here.
-    pub fn images_arrived(&self, count: u64) {
-        let mut writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        writers.images_arrived = Some(count);
-    }
-
-    /// Where pages go.
-    pub fn memory(&self) -> Result<Arc<Memory>, ArrivalError> {
-        let writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        writers.memory.clone().filter(|_| writers.open).ok_or(ReceiveError::NotDue.into())
+    /// What is pushed for it.
+    pub fn intake(&self) -> &Intake {
+        &self.intake
     }
 
     /// Bytes set aside for memory that have not arrived yet.
     pub fn outstanding_bytes(&self) -> u64 {
-        let writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let stored = writers.memory.as_ref().map_or(0, |memory| memory.stored_bytes());
-        self.container.memory_bytes.saturating_sub(stored)
-    }
-
-    /// Nothing more may be pushed; how many images have arrived, and the memory.
-    fn close_writers(&self) -> (Option<u64>, Option<Arc<Memory>>) {
-        let mut writers = self.writers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        writers.open = false;
-        writers.trees.clear();
-        if let Some(memory) = &writers.memory {
-            memory.close();
-        }
-        (writers.images_arrived, writers.memory.take())
+        self.container.memory_bytes.saturating_sub(self.intake.stored_bytes())
     }
 }
 
@@ -607,136 +457,4 @@ fn take(state: &mut State, due: fn(&State) -> bool) -> State {
 
 fn out_of_turn(got: &'static str, expected: &'static str, state: &State) -> ArrivalError {
     ArrivalError::OutOfTurn { got, state: state.name(), expected }
-}
-
-/// Goes on with a commit that was cut off: the container is this host's, and CRIU may still hold it before its first
-/// instruction.
-async fn resume_committed(migration: &str, record: &Record) {
-    if !record.made.run.exists() {
-        return;
-    }
-    match HoldListener::bind(&hold_socket(&record.made.run)) {
-        Err(error) => tracing::error!(migration, %error, "can't look for a container that waits to be resumed"),
-        Ok(listener) => {
-            if let Ok(Ok(mut held)) = tokio::time::timeout(HOLD_RECONNECTS, listener.accept()).await {
-                for (name, index, bridge) in record.ports.clone() {
-                    if let Err(error) = (Port { name, index, bridge }).join() {
-                        tracing::error!(migration, %error, "the container's port is not on its bridge: add it by hand");
-                    }
-                }
-                while let Ok(HoldEvent::Waiting { .. }) = held.next().await {
-                    if held.verdict(true).await.is_err() {
-                        break;
-                    }
-                }
-                tracing::warn!(migration, container = record.container, "resumed a container whose commit was cut off");
-            }
-        }
-    }
-    // Its memory may still be on its way to it: the filler needs its store.
-    let made = record.made.clone();
-    tokio::spawn(async move {
-        while is_filling(&hold_socket(&made.run)) {
-            tokio::time::sleep(FILLED_POLL).await;
-        }
-        let _ = tokio::task::spawn_blocking(move || settle_run(&made)).await;
-    });
-}
-
-/// How often it is looked whether the filler of an earlier life has ended: it is no child of this process.
-const FILLED_POLL: std::time::Duration = std::time::Duration::from_millis(500);
-
-/// How long a hold may take to find a new agent: it looks every 50 ms.
-const HOLD_RECONNECTS: std::time::Duration = std::time::Duration::from_secs(1);
-
-/// At the agent's start: what an earlier life left half-done is taken away; what is committed stays.
-pub async fn recover(config: &DestConfig, journal: &Journal) {
-    journal.prune(REMEMBERED, |record: &Record| record.phase != DestinationPhase::Arriving);
-    let runtime = config.engine.runtime();
-    for (migration, mut record) in journal.all::<Record>() {
-        let (_, actions) = Destination::recover(record.phase, record.epoch);
-        for action in actions {
-            match action {
-                Action::Undo => {
-                    tracing::warn!(migration, container = record.container, "undoing an arrival that was cut off");
-                    end_restore(&hold_socket(&record.made.run), &runtime.state_dir(&record.container));
-                    if let Err(error) = runtime.delete(&record.container).await {
-                        tracing::debug!(%error, "the runtime had nothing to delete");
-                    }
-                    undo(&record.made);
-                    record.made = Made::default();
-                }
-                Action::Record(phase, epoch) => {
-                    (record.phase, record.epoch) = (phase, epoch);
-                    if let Err(error) = journal.write(&migration, &record) {
-                        tracing::error!(%error, migration, "can't record that the migration was undone");
-                    }
-                }
-                Action::Resume => resume_committed(&migration, &record).await,
-                Action::Fence => fence(config, &migration, journal).await,
-                // Nobody listens yet.
-                Action::Tell(_) => {}
-            }
-        }
-    }
-}
-
-/// What became of a migration that is not under way any more, if it ever was.
-pub async fn decide_ended(
-    config: &DestConfig,
-    journal: &Journal,
-    migration: &str,
-    request: Request,
-) -> Result<Option<Answer>, JournalError> {
-    let known = journal.read::<Record>(migration);
-    let epoch = match request {
-        Request::Commit(epoch) | Request::Ask(epoch) | Request::Supersede(epoch) => epoch,
-    };
-    // What has to be done first was done at the agent's start, or while it was under way.
-    let mut machine = match &known {
-        Some(record) => Destination::recover(record.phase, record.epoch).0,
-        None => Destination::new(epoch),
-    };
-    let record = known.unwrap_or_else(|| Record {
-        container: String::new(),
-        epoch,
-        phase: DestinationPhase::Aborted,
-        made: Made::default(),
-        ports: Vec::new(),
-    });
-    let mut said = None;
-    for action in machine.on(Event::Heard(request)) {
-        match action {
-            Action::Record(phase, epoch) => journal.write(migration, &Record { phase, epoch, ..record.clone() })?,
-            Action::Fence => fence(config, migration, journal).await,
-            Action::Tell(answer) => said = Some(answer),
-            // There is nothing of it here.
-            Action::Undo | Action::Resume => {}
-        }
-    }
-    Ok(said)
-}
-
-/// Stops a container that an operator of its source decided is not this host's, and takes it off its network. It is not
-/// ended: what it did since is lost with it, and somebody may want to look first.
-async fn fence(config: &DestConfig, migration: &str, journal: &Journal) {
-    let Some(record) = journal.read::<Record>(migration) else { return };
-    let container = &record.container;
-    let Ok(state) = config.engine.runtime().state(container).await else {
-        return tracing::warn!(migration, container, "superseded, and not here any more");
-    };
-    match Freezer::of(state.pid).map(|freezer| freezer.freeze()) {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) | Err(error) => tracing::error!(%error, container, "can't stop a container that was superseded"),
-    }
-    for (name, index, bridge) in record.ports.clone() {
-        if let Err(error) = (Port { name, index, bridge }).part() {
-            tracing::error!(%error, container, "can't take a container that was superseded off its bridge");
-        }
-    }
-    tracing::error!(
-        migration,
-        container,
-        "an operator kept this container on its source, where it runs; the copy here is frozen and off its network: `runc delete --force {container}` ends it"
-    );
 }

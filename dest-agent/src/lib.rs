@@ -8,10 +8,12 @@
 pub mod arrival;
 pub mod image_entries;
 pub mod images;
+pub mod intake;
 pub mod memory;
 pub mod one_file;
 pub mod pagemap;
 pub mod preflight;
+pub mod record;
 pub mod restore;
 pub mod service;
 pub mod staging;

@@ -12,6 +12,7 @@ use longhaul_common::criu::hold::{
 };
 use longhaul_common::criu::{failure_of, path_with_hold, rpc};
 use longhaul_common::description::{Description, StdioTarget};
+use longhaul_common::leftovers::{cgroups_of_hold, remove_cgroups};
 use longhaul_common::runtime::last_message;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -94,7 +95,9 @@ pub struct Armed {
     gone: bool,
     filler: Option<Filler>,
     from: MemoryFrom,
-    _listener: HoldListener,
+    /// The container's.
+    cgroups: Vec<PathBuf>,
+    listener: HoldListener,
 }
 
 impl Armed {
@@ -134,8 +137,9 @@ impl Armed {
         };
         let mut held = held?;
         held.prepare(preparation(container, staging, from)).await?;
+        let cgroups = tokio::task::spawn_blocking(move || cgroups_of_hold(&hold)).await.unwrap_or_default();
         let (work, pages) = (staging.work(), staging.pages());
-        Ok(Self { held, child, log, work, pages, init: 0, gone: false, filler, from, _listener: listener })
+        Ok(Self { held, child, log, work, pages, init: 0, gone: false, filler, from, cgroups, listener })
     }
 
     /// Restores. On success every task exists, stopped before its first instruction.
@@ -217,6 +221,8 @@ impl Armed {
         if let Some(filler) = self.filler.take() {
             filler.stop().await;
         }
+        let (socket, cgroups) = (self.listener.path().to_owned(), self.cgroups);
+        let _ = tokio::task::spawn_blocking(move || remove_cgroups(&socket, &cgroups)).await;
     }
 
     fn failure(&self, error: &str) -> RestoreError {

@@ -26,9 +26,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status, Streaming};
 use tracing::Instrument;
 
-use crate::arrival::{Arrival, ArrivalError, Record, Timings, decide_ended};
+use crate::arrival::{Arrival, ArrivalError, Timings};
 use crate::memory::receive;
 use crate::preflight::{self, Findings};
+use crate::record::{Record, decide_ended};
 use crate::restore::MemoryFrom;
 
 /// How often a source is told that this host is there: its container may be frozen for it.
@@ -123,7 +124,7 @@ impl Door {
             let identity = connection.identity().clone();
             let hello = receive::hello(&mut connection).await.map_err(|error| chain(&error))?;
             let arrival = self.find(&hello.migration, &identity)?;
-            Ok::<_, String>((hello, arrival.memory().map_err(|error| chain(&error))?))
+            Ok::<_, String>((hello, arrival.intake().memory().map_err(|error| chain(&error))?))
         };
         let (hello, memory) = match opened.await {
             Ok(opened) => opened,
@@ -184,7 +185,7 @@ impl Peer for PeerService {
         let applied = tokio::task::spawn_blocking(move || {
             let items = std::iter::from_fn(|| receive.blocking_recv())
                 .map(|part| part.and_then(|part| tree_item(part).map_err(ArrivalError::from)));
-            applier.apply_pass(start.tree, items)
+            applier.intake().apply_pass(start.tree, items)
         });
         let mut ended = false;
         while let Some(message) = stream.message().await? {
@@ -219,7 +220,7 @@ impl Peer for PeerService {
             return Err(Status::invalid_argument("an image stream begins with its start message"));
         };
         let arrival = self.find(&start.migration_id, &identity)?;
-        let mut writer = arrival.image_writer().map_err(refuse)?;
+        let mut writer = arrival.intake().image_writer().map_err(refuse)?;
         // Written by this task: a chunk goes to memory in less time than a hand-over to another thread takes.
         while let Some(message) = stream.message().await? {
             match message.message {
@@ -227,7 +228,7 @@ impl Peer for PeerService {
                 Some(ImagePart::Close(close)) => writer.close(&close).map_err(refuse)?,
                 Some(ImagePart::End(end)) => {
                     let (items, bytes) = writer.finish(end.files).map_err(refuse)?;
-                    arrival.images_arrived(items);
+                    arrival.intake().images_arrived(items);
                     return Ok(Response::new(peer::PushReply { items, bytes }));
                 }
                 Some(ImagePart::Start(_)) => return Err(Status::invalid_argument("a second start in an image stream")),

@@ -12,7 +12,7 @@ use longhaul_common::daemon::{say_ready, told_to_end};
 use longhaul_common::journal::Journal;
 use longhaul_common::telemetry;
 use longhaul_common::tls::{FRAME_BYTES, Identity, TlsIncoming, WINDOW_BYTES};
-use longhaul_dest::arrival;
+use longhaul_dest::record;
 use longhaul_dest::service::PeerService;
 use tokio::net::TcpSocket;
 
@@ -52,7 +52,7 @@ async fn run(cli: &Cli) -> Result<()> {
     std::fs::create_dir_all(&config.paths.run).with_context(|| format!("create {}", config.paths.run.display()))?;
     let memory = longhaul_common::memory_dir::mount(&config.paths.run.join("dest"))?;
     let journal = Journal::open(config.paths.state.join("dest"))?;
-    arrival::recover(&config, &journal).await;
+    record::recover(&config, &journal).await;
 
     let listener = socket.listen(BACKLOG).with_context(|| format!("listen at {}", config.listen))?;
     let service = PeerService::new(config.clone(), journal);

@@ -6,13 +6,15 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, BuildHasherDefault, Hasher};
 
 use longhaul_common::pages::What;
-use xxhash_rust::xxh3::xxh3_128_with_seed;
+use xxhash_rust::xxh3::xxh3_128_with_secret;
 
 #[cfg(test)]
 use super::pump::PAGE_BYTES;
 
 /// Pages whose content is remembered: 8 GiB of them, at some 70 bytes each. What comes after is sent without.
 const REMEMBERED: usize = 2 << 20;
+/// Bytes of xxh3's own secret.
+const SECRET: usize = 192;
 /// Pages of one table: those of a huge page.
 const TABLE: u64 = 512;
 /// In a table: not remembered. No hash of a page is this one, but by a chance of 1 in 2¹²⁸.
@@ -26,8 +28,8 @@ pub(super) type Place = (u32, u64);
 /// See the module.
 pub(super) struct Sent {
     /// Drawn for each migration. Otherwise one task of the container could make a page that is taken for another task's:
-    /// xxh3 keeps no secret without it.
-    seed: u64,
+    /// xxh3 keeps no secret without it. (From a seed, one like it would be made for every page.)
+    secret: [u8; SECRET],
     /// Where the destination has this content.
     places: HashMap<u128, Place, BuildHasherDefault<Uniform>>,
     /// The content of places, by address space and page number divided by [`TABLE`].
@@ -38,15 +40,19 @@ pub(super) struct Sent {
 impl Default for Sent {
     fn default() -> Self {
         // The standard library's hasher is keyed by the system's randomness.
-        let seed = RandomState::new().hash_one(0);
-        Self { seed, places: HashMap::default(), contents: HashMap::new(), remembered: 0 }
+        let random = RandomState::new();
+        let mut secret = [0; SECRET];
+        for (index, eight) in secret.chunks_exact_mut(8).enumerate() {
+            eight.copy_from_slice(&random.hash_one(index).to_ne_bytes());
+        }
+        Self { secret, places: HashMap::default(), contents: HashMap::new(), remembered: 0 }
     }
 }
 
 impl Sent {
     /// What has to be said of a page; nothing if the destination has it as it is.
     pub(super) fn look(&mut self, place: Place, page: &[u8]) -> Option<What> {
-        let hash = if is_zero(page) { ZERO } else { xxh3_128_with_seed(page, self.seed) };
+        let hash = if is_zero(page) { ZERO } else { xxh3_128_with_secret(page, &self.secret) };
         let known = self.content(place);
         if known == hash && hash != UNKNOWN {
             return None;
