@@ -76,7 +76,7 @@ impl Restored {
         if trip.job.cancel.is_cancelled() {
             return Err(MigrationError::Cancelled);
         }
-        let Frozen { prepared, at, .. } = self.frozen;
+        let Frozen { mut prepared, at, .. } = self.frozen;
         let start = Instant::now();
         // CRIU thawed the cgroup to reach the tasks, and holds them. Frozen again, they stay even if CRIU is killed.
         prepared.inspection.live.freezer.freeze_without_waiting()?;
@@ -97,6 +97,8 @@ impl Restored {
             // Also a destination that says it failed: its journal has the last word.
             Err(error) => {
                 tracing::warn!(error = longhaul_common::chain(&error), "the answer to COMMIT is missing");
+                // It may take long, and a container that is kept may be moved meanwhile: its memory is followed no more.
+                prepared.memory = None;
                 let mut line = trip.line(Some(prepared.peer.clone()));
                 let mut custody = trip.custody.lock().await;
                 settle(&mut custody, &mut line, &trip.job).await;
