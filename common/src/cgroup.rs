@@ -8,10 +8,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// How long a cgroup may take to freeze. A task in an uninterruptible sleep (a dead NFS server) never does.
-const FREEZE_DEADLINE: Duration = Duration::from_secs(2);
+/// How long a cgroup may take to freeze. A task in an uninterruptible sleep stops when that ends: on a busy disk after a
+/// second or two, on a dead NFS server never. The other tasks stand still meanwhile.
+const FREEZE_DEADLINE: Duration = Duration::from_secs(1);
 /// How often its state is looked at. The v1 freezer tells nobody when it is done.
 const FREEZE_POLL: Duration = Duration::from_micros(200);
 
@@ -32,9 +34,13 @@ pub enum CgroupError {
     /// The task belongs to no cgroup that can be frozen.
     #[error("task {0} is in no cgroup with a freezer: run the container with cgroups enabled")]
     NoFreezer(i32),
+    /// The task belongs to no cgroup whose processor time can be limited.
+    #[error("task {0} is in no cgroup with a CPU quota (cpu.max, or cpu.cfs_quota_us)")]
+    NoCpuQuota(i32),
     /// It would not freeze.
     #[error(
-        "the cgroup {path} did not freeze within {} s: a task of it is stuck in the kernel (ps shows state D)",
+        "the cgroup {path} did not freeze within {} s: a task of it waits in the kernel and can't be stopped (ps shows state D; \
+         a slow disk, or a file server that does not answer)",
         FREEZE_DEADLINE.as_secs()
     )]
     Stuck {
@@ -146,33 +152,163 @@ fn collect_tasks(dir: &Path, tasks: &mut Vec<i32>) -> Result<(), CgroupError> {
 ///
 /// The v1 freezer comes first where both exist: a hybrid host's v2 tree has no runtime in it.
 fn locate(membership: &str, mountinfo: &str) -> Option<Freezer> {
-    let find = |unified: bool| {
-        let path = membership.lines().find_map(|line| {
-            let mut parts = line.splitn(3, ':');
-            let (id, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
-            let matches =
-                if unified { id == "0" } else { controllers.split(',').any(|controller| controller == "freezer") };
-            matches.then_some(path)
-        })?;
-        let mount = mountinfo.lines().find_map(|line| {
-            let (left, right) = line.split_once(" - ")?;
-            let mut right = right.split(' ');
-            let fstype = right.next()?;
-            let options = right.nth(1)?;
-            let matches = if unified {
-                fstype == "cgroup2"
-            } else {
-                fstype == "cgroup" && options.split(',').any(|option| option == "freezer")
-            };
-            matches.then(|| left.split(' ').nth(4)).flatten()
-        })?;
-        let dir = Path::new(mount).join(path.trim_start_matches('/'));
-        let file = if unified { "cgroup.freeze" } else { "freezer.state" };
-        dir.join(file).exists().then_some(Freezer { dir, unified })
-    };
-    find(false).or_else(|| find(true))
+    let v1 = locate_in(membership, mountinfo, Some("freezer")).map(|dir| Freezer { dir, unified: false });
+    let v2 = || locate_in(membership, mountinfo, None).map(|dir| Freezer { dir, unified: true });
+    v1.filter(|freezer| freezer.dir.join("freezer.state").exists())
+        .or_else(|| v2().filter(|freezer| freezer.dir.join("cgroup.freeze").exists()))
+}
+
+/// The directory of a task's cgroup in the v1 hierarchy of a controller, or in the unified one.
+fn locate_in(membership: &str, mountinfo: &str, controller: Option<&str>) -> Option<PathBuf> {
+    let path = membership.lines().find_map(|line| {
+        let mut parts = line.splitn(3, ':');
+        let (id, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
+        let matches = match controller {
+            Some(wanted) => controllers.split(',').any(|controller| controller == wanted),
+            None => id == "0",
+        };
+        matches.then_some(path)
+    })?;
+    let mount = mountinfo.lines().find_map(|line| {
+        let (left, right) = line.split_once(" - ")?;
+        let mut right = right.split(' ');
+        let fstype = right.next()?;
+        let options = right.nth(1)?;
+        let matches = match controller {
+            Some(wanted) => fstype == "cgroup" && options.split(',').any(|option| option == wanted),
+            None => fstype == "cgroup2",
+        };
+        matches.then(|| left.split(' ').nth(4)).flatten()
+    })?;
+    Some(Path::new(mount).join(path.trim_start_matches('/')))
+}
+
+/// How much of the processors a cgroup may use: `cpu.max` of cgroup v2, `cpu.cfs_quota_us` and `cpu.cfs_period_us` of v1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuQuota {
+    dir: PathBuf,
+    unified: bool,
+}
+
+/// What a [`CpuQuota`] is set to, in microseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuShare {
+    /// In each period; nothing if there is no limit.
+    pub quota: Option<u64>,
+    /// The period.
+    pub period: u64,
+}
+
+/// The shortest quota that the kernel takes, in microseconds (`min_cfs_quota_period` in kernel/sched).
+const LEAST_QUOTA: u64 = 1000;
+/// The shortest period that is set. The shorter, the shorter are the stops that clients see.
+const LEAST_PERIOD: u64 = 10_000;
+/// The longest that the kernel takes.
+const LONGEST_PERIOD: u64 = 1_000_000;
+
+impl CpuShare {
+    /// So many processors.
+    pub fn of(processors: f64) -> Self {
+        let period = ((LEAST_QUOTA as f64 / processors.max(1e-3)) as u64).clamp(LEAST_PERIOD, LONGEST_PERIOD);
+        Self { quota: Some(((period as f64 * processors) as u64).max(LEAST_QUOTA)), period }
+    }
+
+    /// In processors; nothing if there is no limit.
+    pub fn processors(&self) -> Option<f64> {
+        Some(self.quota? as f64 / self.period.max(1) as f64)
+    }
+}
+
+impl CpuQuota {
+    /// That of the cgroup that a task is in.
+    pub fn of(pid: i32) -> Result<Self, CgroupError> {
+        let membership = read(Path::new(&format!("/proc/{pid}/cgroup")))?;
+        let mounts = read(Path::new("/proc/self/mountinfo"))?;
+        let v1 = locate_in(&membership, &mounts, Some("cpu")).map(|dir| Self { dir, unified: false });
+        let v2 = || locate_in(&membership, &mounts, None).map(|dir| Self { dir, unified: true });
+        let found = v1.filter(|found| found.dir.join("cpu.cfs_quota_us").exists());
+        let found = found.or_else(|| v2().filter(|found| found.dir.join("cpu.max").exists()));
+        found.ok_or(CgroupError::NoCpuQuota(pid))
+    }
+
+    /// All tasks (thread groups) that it holds for.
+    pub fn tasks(&self) -> Result<Vec<i32>, CgroupError> {
+        let mut tasks = Vec::new();
+        collect_tasks(&self.dir, &mut tasks)?;
+        Ok(tasks)
+    }
+
+    /// What it is set to.
+    pub fn get(&self) -> Result<CpuShare, CgroupError> {
+        let text = if self.unified {
+            read(&self.dir.join("cpu.max"))?
+        } else {
+            format!(
+                "{} {}",
+                read(&self.dir.join("cpu.cfs_quota_us"))?.trim(),
+                read(&self.dir.join("cpu.cfs_period_us"))?
+            )
+        };
+        let mut words = text.split_whitespace();
+        // `max` or -1 is no limit.
+        let quota = words.next().and_then(|word| word.parse().ok());
+        Ok(CpuShare { quota, period: words.next().and_then(|word| word.parse().ok()).unwrap_or(100_000) })
+    }
+
+    /// Sets it.
+    pub fn set(&self, share: CpuShare) -> Result<(), CgroupError> {
+        let write = |file: &str, value: String| {
+            let path = self.dir.join(file);
+            fs::write(&path, value).map_err(|source| CgroupError::File { operation: "write", path, source })
+        };
+        let CpuShare { quota, period } = share;
+        if self.unified {
+            return write("cpu.max", format!("{} {period}", quota.map_or("max".to_owned(), |quota| quota.to_string())));
+        }
+        // Both must be allowed together at every moment, whichever comes first (a parent's limit is a ratio).
+        write("cpu.cfs_quota_us", "-1".to_owned())?;
+        write("cpu.cfs_period_us", period.to_string())?;
+        quota.map_or(Ok(()), |quota| write("cpu.cfs_quota_us", quota.to_string()))
+    }
 }
 
 fn read(path: &Path) -> Result<String, CgroupError> {
     fs::read_to_string(path).map_err(|source| CgroupError::File { operation: "read", path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_of_a_processor_is_a_quota_the_kernel_takes() {
+        assert_eq!(CpuShare::of(0.5), CpuShare { quota: Some(5000), period: 10_000 });
+        assert_eq!(CpuShare::of(2.0), CpuShare { quota: Some(20_000), period: 10_000 });
+        assert_eq!(CpuShare::of(0.02), CpuShare { quota: Some(1000), period: 50_000 });
+        assert_eq!(CpuShare::of(0.0), CpuShare { quota: Some(1000), period: 1_000_000 });
+        assert_eq!(CpuShare { quota: None, period: 5 }.processors(), None);
+    }
+
+    #[test]
+    fn both_kinds_are_set_and_read() {
+        let dir = tempfile::tempdir().expect("a directory");
+        for (unified, files) in [(true, &["cpu.max"][..]), (false, &["cpu.cfs_quota_us", "cpu.cfs_period_us"])] {
+            let quota = CpuQuota { dir: dir.path().to_owned(), unified };
+            for share in [CpuShare { quota: None, period: 100_000 }, CpuShare::of(0.3)] {
+                quota.set(share).expect("writes");
+                assert_eq!(quota.get().expect("reads"), share);
+            }
+            assert!(files.iter().all(|file| dir.path().join(file).exists()));
+        }
+    }
+
+    #[test]
+    fn a_hybrid_hosts_v1_hierarchies_come_first() {
+        let membership = "4:cpu,cpuacct:/box/web\n0::/web\n";
+        let mounts = "30 1 0:2 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct\n31 1 0:3 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
+        let found = |controller| locate_in(membership, mounts, controller);
+        assert_eq!(found(Some("cpu")), Some("/sys/fs/cgroup/cpu/box/web".into()));
+        assert_eq!(found(None), Some("/sys/fs/cgroup/unified/web".into()));
+        assert_eq!(found(Some("freezer")), None);
+    }
 }

@@ -53,6 +53,8 @@ pub struct SourceConfig {
     pub paths: Paths,
     /// `migrate`'s socket.
     pub socket: Option<PathBuf>,
+    /// What tells which pages were written.
+    pub tracker: TrackerChoice,
     /// How long a destination may be silent while the container is frozen for it, in milliseconds. It speaks every 50 ms; then
     /// the container goes on here.
     pub frozen_silence_ms: u64,
@@ -66,9 +68,25 @@ impl Default for SourceConfig {
             engine: EngineConfig::default(),
             paths: Paths::default(),
             socket: None,
+            tracker: TrackerChoice::Auto,
             frozen_silence_ms: 200,
         }
     }
+}
+
+/// What tells which pages a running container has written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+pub enum TrackerChoice {
+    /// The best that the kernel has.
+    #[default]
+    #[serde(rename = "auto")]
+    Auto,
+    /// Asynchronous write protection: Linux 6.7 and newer.
+    #[serde(rename = "userfaultfd-wp")]
+    WriteProtect,
+    /// Soft-dirty bits, for which the container is stopped in each round.
+    #[serde(rename = "soft-dirty")]
+    SoftDirty,
 }
 
 /// `dest.toml`.
@@ -181,9 +199,16 @@ impl Default for Paths {
     }
 }
 
+/// An entry of the environment of a CRIU that restores (`common/filter`).
+pub const CRIU_RESTORES: &str = "LONGHAUL_RESTORE=1";
+/// A variable of that environment: the page store, if tasks have pages in common.
+pub const CRIU_READS_COMMON: &str = "LONGHAUL_COMMON";
+/// The same where memory is filled in later.
+pub const CRIU_LEAVES_LATER: &str = "LONGHAUL_RESTORE=later";
+
 impl EngineConfig {
     /// The environment CRIU is started with for a checkpoint: the library, which leaves out pages and reads the limits of
-    /// other users' tasks where this agent has no `CAP_SYS_RESOURCE`.
+    /// other users' tasks where this agent has no `CAP_SYS_RESOURCE`. With [`CRIU_RESTORES`] for a restore: what CRIU holds ends with it.
     pub fn criu_environment(&self) -> Vec<String> {
         if !self.filter.is_file() {
             return Vec::new();

@@ -7,11 +7,12 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use nix::mount::MsFlags;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// The version written; a reader takes this one alone, since a field it does not know may be one it must not ignore.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// The largest document taken, in bytes.
 pub const MAX_BYTES: usize = 4 << 20;
 
@@ -33,6 +34,8 @@ pub struct Description {
     pub rootfs: Rootfs,
     /// Bind mounts of the host that are data.
     pub volumes: Vec<Volume>,
+    /// Memory filesystems whose files are copied like the root filesystem's. The others CRIU packs while the container is frozen.
+    pub tmpfs: Vec<Tmpfs>,
     /// How it is connected.
     pub network: Network,
     /// Standard input, output and error, where they lead outside the container.
@@ -94,6 +97,44 @@ pub struct Volume {
     pub mode: VolumeMode,
     /// It is a single file.
     pub file: bool,
+}
+
+/// A memory filesystem of the container's own (tmpfs(5)).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tmpfs {
+    /// Where the container sees it.
+    pub destination: String,
+    /// What it was called when it was mounted.
+    pub source: String,
+    /// Its options, as they are mounted with: `size=65536k`, ….
+    pub options: Vec<String>,
+    /// Those of the mount: `nosuid`, ….
+    pub flags: Vec<String>,
+}
+
+/// What a mount of a memory filesystem may have, and the kernel's flag for it (mount(2)).
+pub const TMPFS_FLAGS: [(&str, MsFlags); 8] = [
+    ("rw", MsFlags::empty()),
+    ("nosuid", MsFlags::MS_NOSUID),
+    ("nodev", MsFlags::MS_NODEV),
+    ("noexec", MsFlags::MS_NOEXEC),
+    ("noatime", MsFlags::MS_NOATIME),
+    ("nodiratime", MsFlags::MS_NODIRATIME),
+    ("relatime", MsFlags::MS_RELATIME),
+    ("nosymfollow", MsFlags::from_bits_retain(256)),
+];
+
+/// Options of a memory filesystem that are passed on; those with a value end in `=`.
+pub const TMPFS_OPTIONS: [&str; 9] =
+    ["size=", "nr_blocks=", "nr_inodes=", "mode=", "uid=", "gid=", "huge=", "inode32", "inode64"];
+
+/// Whether an option is one of those.
+pub fn is_tmpfs_option(option: &str) -> bool {
+    TMPFS_OPTIONS.iter().any(|known| match option.strip_prefix(known) {
+        Some(value) if known.ends_with('=') => value.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_'),
+        rest => rest == Some(""),
+    })
 }
 
 /// How a volume is taken.
@@ -351,6 +392,9 @@ impl Description {
         for file in self.copied_files() {
             trees.push(Tree { role: TreeRole::File, path: file });
         }
+        for (index, tmpfs) in self.tmpfs.iter().enumerate() {
+            trees.push(Tree { role: TreeRole::Tmpfs(index), path: tmpfs.destination.clone() });
+        }
         trees
     }
 
@@ -410,6 +454,22 @@ impl Description {
         for volume in &self.volumes {
             check_path("volume", &volume.source)?;
             check_path("volume destination", &volume.destination)?;
+        }
+        for tmpfs in &self.tmpfs {
+            check_path("tmpfs", &tmpfs.destination)?;
+            if tmpfs.source.len() > 255 || !tmpfs.source.chars().all(|c| c.is_ascii_graphic()) {
+                return Err(field("tmpfs source", &tmpfs.source, "a short name is wanted"));
+            }
+            for option in &tmpfs.options {
+                if !is_tmpfs_option(option) {
+                    return Err(field("tmpfs option", option, "it is not one that Longhaul passes on"));
+                }
+            }
+            for flag in &tmpfs.flags {
+                if !TMPFS_FLAGS.iter().any(|(known, _)| known == flag) {
+                    return Err(field("tmpfs flag", flag, "it is not one that Longhaul passes on"));
+                }
+            }
         }
         for stdio in &self.stdio {
             let path = match &stdio.target {
@@ -475,6 +535,8 @@ pub enum TreeRole {
     Volume,
     /// One file.
     File,
+    /// A memory filesystem, by its index: its path is where the container sees it.
+    Tmpfs(usize),
 }
 
 fn field(field: &'static str, value: &str, why: &'static str) -> DescriptionError {
@@ -534,6 +596,7 @@ mod tests {
             config: "{}".into(),
             rootfs: Rootfs::Plain { path: "/srv/web/rootfs".into() },
             volumes: Vec::new(),
+            tmpfs: Vec::new(),
             network: Network::Host,
             stdio: Vec::new(),
             memory_bytes: 0,
@@ -570,8 +633,18 @@ mod tests {
         value["surprise"] = 1.into();
         Description::from_json(value.to_string().as_bytes()).expect_err("unknown field");
         let mut newer = sample();
-        newer.version = 2;
-        assert!(matches!(Description::from_json(&newer.to_json()), Err(DescriptionError::Version(2))));
+        newer.version = VERSION + 1;
+        assert!(matches!(Description::from_json(&newer.to_json()), Err(DescriptionError::Version(3))));
+    }
+
+    #[test]
+    fn tmpfs_options_are_known_ones() {
+        for good in ["size=65536k", "mode=1777", "inode64", "huge=within_size"] {
+            assert!(is_tmpfs_option(good), "{good}");
+        }
+        for bad in ["size", "inode64x", "context=x", "size=1,uid=0", ""] {
+            assert!(!is_tmpfs_option(bad), "{bad}");
+        }
     }
 
     #[test]

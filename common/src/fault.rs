@@ -7,6 +7,9 @@
 //! destination:record:committed kill
 //! ```
 //!
+//! Points are `source:phase:<phase>`, `source:<action>`, `destination:heard:<message>`, `destination:<action>`, `destination:restored` and
+//! `destination:say:<message>`; actions are those of the hand-over ([`crate::handover`]), before they are done.
+//!
 //! | action | |
 //! |---|---|
 //! | `kill` | SIGKILL to itself |
@@ -16,7 +19,7 @@
 //! When a point is reached the file is renamed to `<file>.reached` first, so that a restarted agent goes on; `hold` waits for
 //! that one to be removed.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -42,11 +45,20 @@ pub fn point(name: &str) {
     match action {
         "kill" => drop(raise(Signal::SIGKILL)),
         "stop" => drop(raise(Signal::SIGSTOP)),
-        "hold" => {
-            while reached.exists() {
-                std::thread::sleep(POLL);
-            }
-        }
+        "hold" => hold(&reached),
         other => tracing::error!(other, "that is no fault"),
+    }
+}
+
+/// Everything else goes on meanwhile.
+fn hold(reached: &Path) {
+    let wait = || {
+        while reached.exists() {
+            std::thread::sleep(POLL);
+        }
+    };
+    match tokio::runtime::Handle::try_current().map(|runtime| runtime.runtime_flavor()) {
+        Ok(tokio::runtime::RuntimeFlavor::MultiThread) => tokio::task::block_in_place(wait),
+        _ => wait(),
     }
 }

@@ -23,11 +23,11 @@ impl CriuVersion {
         let mut parts = text.split('.').map(|part| part.parse::<u32>().ok());
         let (major, minor) = (parts.next()??, parts.next()??);
         let sublevel = parts.next().flatten().unwrap_or(0);
-        Some(Self(major * 10_000 + minor * 100 + sublevel))
+        major.checked_mul(10_000)?.checked_add(minor.checked_mul(100)?)?.checked_add(sublevel).map(Self)
     }
 
-    /// Images of one can be restored by the other.
-    fn same_format(self, other: Self) -> bool {
+    /// Images of one can be restored by the other: they differ by a bug-fix release at most.
+    pub fn same_format(self, other: Self) -> bool {
         self.0 / 100 == other.0 / 100
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -78,8 +78,8 @@ impl Journal {
     /// Forgets records that were last written longer ago than `age`, where `done` says that nothing hangs on them.
     pub fn prune<T: DeserializeOwned>(&self, age: Duration, done: impl Fn(&T) -> bool) {
         for (id, record) in self.all::<T>() {
-            let written = fs::metadata(self.path(&id)).and_then(|metadata| metadata.modified());
-            let old = written.is_ok_and(|written| written.elapsed().is_ok_and(|elapsed| elapsed > age));
+            let written = self.written(&id);
+            let old = written.is_some_and(|written| written.elapsed().is_ok_and(|elapsed| elapsed > age));
             if old && done(&record) {
                 self.remove(&id);
             }
@@ -89,6 +89,18 @@ impl Journal {
     /// Forgets a record.
     pub fn remove(&self, id: &str) {
         let _ = fs::remove_file(self.path(id));
+    }
+
+    /// Forgets a record, durably. This takes no room: it works where one can't be written.
+    pub fn forget(&self, id: &str) -> Result<(), JournalError> {
+        let path = self.path(id);
+        let forgotten = fs::remove_file(&path).and_then(|()| fs::File::open(&self.dir)?.sync_all());
+        forgotten.map_err(|source| JournalError { operation: "forget", path, source })
+    }
+
+    /// When a record was last written.
+    pub fn written(&self, id: &str) -> Option<SystemTime> {
+        fs::metadata(self.path(id)).and_then(|metadata| metadata.modified()).ok()
     }
 
     fn path(&self, id: &str) -> PathBuf {

@@ -18,32 +18,51 @@ use crate::criu::hold::SOCKET_ENV;
 pub const FILLER_ENV: &str = "LONGHAUL_FILLER";
 /// How long killed tasks may take to go.
 const GONE_DEADLINE: Duration = Duration::from_secs(5);
+/// How often it is looked.
+const GONE_POLL: Duration = Duration::from_millis(5);
 
 /// Ends every process that was started for the migration whose hold listens at `socket`, with the tasks of the cgroup
 /// they were restored into, and removes that cgroup.
 ///
 /// Only for a migration that has not committed: its container must not run here.
 pub fn end_restore(socket: &Path, runtime_dir: &Path) {
-    let started = processes_of(SOCKET_ENV, socket);
-    let mut doomed: BTreeSet<i32> = started.iter().copied().chain(processes_of(FILLER_ENV, socket)).collect();
     let own = cgroup_dirs(std::process::id().cast_signed());
     let mut dirs = BTreeSet::new();
-    for &pid in &started {
-        // The runtime itself is in our cgroup; the hold and CRIU are in the container's.
-        let theirs: Vec<PathBuf> = cgroup_dirs(pid).into_iter().filter(|dir| !own.contains(dir)).collect();
-        if !theirs.is_empty()
-            && let Ok(freezer) = Freezer::of(pid)
-            && theirs.contains(&freezer.dir().to_owned())
-        {
+    let mut freezers: Vec<Freezer> = Vec::new();
+    let end = Instant::now() + GONE_DEADLINE;
+    loop {
+        // Looked for again and again: CRIU forks while it is being ended.
+        let started = processes_of(SOCKET_ENV, socket);
+        for &pid in &started {
+            // The runtime itself is in our cgroup; the hold and CRIU are in the container's.
+            let theirs: Vec<PathBuf> = cgroup_dirs(pid).into_iter().filter(|dir| !own.contains(dir)).collect();
+            if !theirs.is_empty()
+                && let Ok(freezer) = Freezer::of(pid)
+                && theirs.contains(&freezer.dir().to_owned())
+                && freezers.iter().all(|known| known.dir() != freezer.dir())
+            {
+                freezers.push(freezer);
+            }
+            dirs.extend(theirs);
+        }
+        let mut doomed: BTreeSet<i32> = started.into_iter().chain(processes_of(FILLER_ENV, socket)).collect();
+        for freezer in &freezers {
             doomed.extend(freezer.tasks().unwrap_or_default());
             let _ = freezer.thaw();
         }
-        dirs.extend(theirs);
+        doomed.retain(|pid| is_alive(*pid));
+        if doomed.is_empty() {
+            break;
+        }
+        if Instant::now() > end {
+            tracing::warn!("processes of a killed agent's migration do not end");
+            break;
+        }
+        for &pid in &doomed {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        std::thread::sleep(GONE_POLL);
     }
-    for &pid in &doomed {
-        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-    }
-    wait_gone(|| doomed.iter().any(|pid| is_alive(*pid)), GONE_DEADLINE);
     // Where runc binds the root filesystem for CRIU.
     let _ = umount2(&runtime_dir.join("criu-root"), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
     let _ = fs::remove_dir(runtime_dir.join("criu-root"));
@@ -56,6 +75,41 @@ pub fn end_restore(socket: &Path, runtime_dir: &Path) {
             tracing::debug!(dir = %dir.display(), %error, "can't remove a cgroup");
         }
     }
+    remove_roots();
+}
+
+/// Where CRIU builds the mount namespaces it restores (`mnt_roots` in criu/mount.c): it takes it away itself, unless it is killed.
+const ROOTS: &str = "/tmp/.criu.mntns.";
+
+/// Takes away what CRIUs that were killed have left mounted. As long as any CRIU is alive it may be that one's, and stays until
+/// the next time.
+pub fn remove_roots() {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mounted: Vec<&str> =
+        mounts.lines().filter_map(|line| line.split(' ').nth(4)).filter(|path| path.starts_with(ROOTS)).collect();
+    // Looked for after the mounts: whoever made one of these was alive before.
+    if mounted.is_empty() || is_any("criu") {
+        return;
+    }
+    for path in mounted.into_iter().rev() {
+        if let Err(error) = umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            tracing::debug!(path, %error, "can't unmount what CRIU has left");
+        }
+        let _ = fs::remove_dir(path);
+    }
+}
+
+/// Whether there is any process of that name (proc_pid_comm(5)) that has not ended.
+fn is_any(name: &str) -> bool {
+    let has_name =
+        |pid: &i32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim_end() == name);
+    processes().filter(has_name).any(is_alive)
+}
+
+/// All processes.
+fn processes() -> impl Iterator<Item = i32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|process| process.file_name().to_str()?.parse().ok())
 }
 
 /// The cgroups of a restore's hold that are not this process's: the container's.
@@ -94,7 +148,7 @@ fn wait_gone(still: impl Fn() -> bool, deadline: Duration) {
             tracing::warn!("processes of a killed agent's migration do not end");
             return;
         }
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(GONE_POLL);
     }
 }
 
@@ -108,15 +162,11 @@ fn is_alive(pid: i32) -> bool {
 fn processes_of(variable: &str, socket: &Path) -> Vec<i32> {
     let mut entry = format!("{variable}=").into_bytes();
     entry.extend(socket.as_os_str().as_bytes());
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
-    entries
-        .flatten()
-        .filter_map(|process| process.file_name().to_str()?.parse::<i32>().ok())
-        .filter(|pid| {
-            fs::read(format!("/proc/{pid}/environ"))
-                .is_ok_and(|environ| environ.split(|byte| *byte == 0).any(|variable| variable == entry))
-        })
-        .collect()
+    let has_entry = |pid: &i32| {
+        fs::read(format!("/proc/{pid}/environ"))
+            .is_ok_and(|environ| environ.split(|byte| *byte == 0).any(|variable| variable == entry))
+    };
+    processes().filter(has_entry).collect()
 }
 
 /// The directories of all cgroups a task is in.

@@ -7,6 +7,7 @@
 //!  source                                 destination
 //!    │── Hello{migration, stream} ───────────▶│
 //!    │◀────────────── Welcome{last sequence} ─│   after a broken connection: what need not be sent again
+//!    │── Object{sequence, what it is} ───────▶│   shared memory that batches will bring, over every stream
 //!    │── Batch{sequence, records, pages} ────▶│   as often as wanted, without waiting
 //!    │◀──────────────────────── Ack{sequence} │   after it is in the store
 //!    │── Forget{sequence, space} ────────────▶│   an address space has ended: its pages make room
@@ -15,6 +16,19 @@
 //! ```
 //!
 //! A migration may have several, its streams, which carry different pages. Content goes over the first.
+//!
+//! Pages may be owed: named, and fetched after the container runs, over a connection of its own, the stream [`FETCH`]:
+//!
+//! ```text
+//!    │── Hello{migration, FETCH} ────────────▶│
+//!    │◀─────── Want{pages}, Want{pages} urgent│   all that has not arrived; then those that tasks wait for
+//!    │── Batch{sequence, records, pages} ────▶│   urgent ones first
+//!    │◀────────────────────────── Ack{sequence}
+//!    │◀────────────────────────────── Complete│   the source's memory is not needed any more
+//! ```
+//!
+//! An address space is a task's, or that of an *object*: memory that tasks share, numbered by its own offsets. Objects have
+//! numbers from [`OBJECTS`] on.
 //!
 //! A frame is a header of 40 bytes, its records of 32 bytes each, and its payload. All numbers are little-endian.
 
@@ -32,8 +46,14 @@ pub const ALPN: &[u8] = b"longhaul-pages/1";
 pub const MAX_PAGES: usize = 256;
 /// The most page connections of one migration.
 pub const MAX_STREAMS: u32 = 8;
+/// The stream over which a destination fetches the pages that it is owed.
+pub const FETCH: u32 = u32::MAX;
 /// The most records of one frame.
 pub const MAX_RECORDS: usize = 4096;
+/// Address spaces from this number on are those of objects.
+pub const OBJECTS: u32 = 1 << 31;
+/// The longest description of an object, in bytes: its name has at most 249 (memfd_create(2)).
+const MAX_OBJECT: u32 = 1024;
 /// A header's bytes.
 pub const HEADER: usize = 40;
 /// A record's bytes.
@@ -65,6 +85,9 @@ pub enum FrameError {
     /// The checksum is another.
     #[error("frame {0} of the page connection arrived damaged: its checksum differs")]
     Damaged(u64),
+    /// Its payload describes no object.
+    #[error("the page connection's description of shared memory can't be read")]
+    Object,
     /// It does not unpack.
     #[error("frame {0} of the page connection can't be unpacked")]
     Packed(u64),
@@ -81,6 +104,58 @@ pub enum Kind {
     End,
     /// An address space has ended: what came of it is not needed any more.
     Forget,
+    /// What the object with this address space is, or what size it has now: the payload is an [`Object`].
+    Object,
+}
+
+/// Memory that tasks share.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Object {
+    /// Its inode's number on the source, by which CRIU calls it (`shmid`; criu/memfd.c, criu/proc_parse.c).
+    #[prost(uint64, tag = "1")]
+    pub inode: u64,
+    /// In bytes.
+    #[prost(uint64, tag = "2")]
+    pub size: u64,
+    /// What else it is.
+    #[prost(oneof = "ObjectKind", tags = "3, 4")]
+    pub kind: Option<ObjectKind>,
+}
+
+/// What shared memory is.
+#[derive(Clone, PartialEq, Eq, prost::Oneof)]
+pub enum ObjectKind {
+    /// A file in memory, or an anonymous mapping, which becomes a file without a name.
+    #[prost(message, tag = "3")]
+    File(MemoryFile),
+    /// A System V segment.
+    #[prost(message, tag = "4")]
+    Segment(Segment),
+}
+
+/// Of memfd_create(2).
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct MemoryFile {
+    /// Its name.
+    #[prost(bytes = "vec", tag = "1")]
+    pub name: Vec<u8>,
+    /// `MFD_ALLOW_SEALING`.
+    #[prost(bool, tag = "2")]
+    pub may_be_sealed: bool,
+}
+
+/// Of shmget(2).
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Segment {
+    /// Its number.
+    #[prost(int32, tag = "1")]
+    pub id: i32,
+    /// Its key; 0 has none.
+    #[prost(int32, tag = "2")]
+    pub key: i32,
+    /// Its permissions.
+    #[prost(uint32, tag = "3")]
+    pub mode: u32,
 }
 
 /// What a record says of its pages.
@@ -88,6 +163,8 @@ pub enum Kind {
 pub enum What {
     /// Their content is next in the payload.
     Data,
+    /// The next bytes of the payload, each combined by exclusive or with what it was before.
+    Changed,
     /// They are zero.
     Zero,
     /// They are as those of another place are now.
@@ -97,6 +174,8 @@ pub enum What {
         /// Its first page's number.
         page: u64,
     },
+    /// Their content is not sent now: the destination fetches it when it has restored the container.
+    Owed,
     /// They have content in the end.
     Content,
     /// The same, and it must be in place before the container runs.
@@ -184,6 +263,7 @@ impl Header {
             Kind::Content => 2,
             Kind::End => 3,
             Kind::Forget => 4,
+            Kind::Object => 5,
         };
         bytes[1] = u8::from(self.packed);
         bytes[4..8].copy_from_slice(&self.records.to_le_bytes());
@@ -203,6 +283,7 @@ impl Header {
             2 => Kind::Content,
             3 => Kind::End,
             4 => Kind::Forget,
+            5 => Kind::Object,
             other => return Err(field("kind of frame", other.into())),
         };
         if bytes[1] > 1 {
@@ -221,12 +302,16 @@ impl Header {
         if header.records as usize > MAX_RECORDS {
             return Err(field("number of records", header.records.into()));
         }
-        let most = (MAX_PAGES * PAGE_BYTES) as u32;
-        if header.raw > most || !(header.raw as usize).is_multiple_of(PAGE_BYTES) {
+        let (most, unit) = match kind {
+            Kind::Batch => ((MAX_PAGES * PAGE_BYTES) as u32, PAGE_BYTES as u32),
+            Kind::Object => (MAX_OBJECT, 1),
+            Kind::Content | Kind::End | Kind::Forget => (0, 1),
+        };
+        if header.raw > most || !header.raw.is_multiple_of(unit) {
             return Err(field("size of pages", header.raw.into()));
         }
         let fits = if header.packed { header.payload < header.raw } else { header.payload == header.raw };
-        if !fits || (kind != Kind::Batch && header.raw != 0) {
+        if !fits || (kind != Kind::Batch && header.packed) {
             return Err(field("size of payload", header.payload.into()));
         }
         Ok(header)
@@ -243,6 +328,8 @@ pub fn encode_records(records: &[Record]) -> Vec<u8> {
             What::Same { space, page } => (3, space, page),
             What::Content => (4, 0, 0),
             What::AtOnce => (5, 0, 0),
+            What::Owed => (6, 0, 0),
+            What::Changed => (7, 0, 0),
         };
         bytes.extend(record.page.to_le_bytes());
         bytes.extend(page.to_le_bytes());
@@ -267,6 +354,8 @@ pub fn decode_records(header: &Header, bytes: &[u8]) -> Result<Vec<Record>, Fram
             (Kind::Batch, 1) => What::Data,
             (Kind::Batch, 2) => What::Zero,
             (Kind::Batch, 3) => What::Same { space: u32_at(bytes, 20), page: u64_at(bytes, 8) },
+            (Kind::Batch, 6) => What::Owed,
+            (Kind::Batch, 7) => What::Changed,
             (Kind::Content, 4) => What::Content,
             (Kind::Content, 5) => What::AtOnce,
             (_, other) => return Err(field("kind of record", other.into())),
@@ -278,16 +367,17 @@ pub fn decode_records(header: &Header, bytes: &[u8]) -> Result<Vec<Record>, Fram
             return Err(field("range of pages", record.page));
         }
         match what {
-            What::Data => data += u64::from(record.count),
+            What::Data | What::Changed => data += u64::from(record.count),
             // The size of a frame bounds what it can make the store do.
-            What::Same { .. } | What::Zero if record.count as usize > MAX_PAGES => {
+            What::Same { .. } | What::Zero | What::Owed if record.count as usize > MAX_PAGES => {
                 return Err(field("number of pages without content", record.count.into()));
             }
             _ => {}
         }
         records.push(record);
     }
-    if records.len() != header.records as usize || data * PAGE != u64::from(header.raw) {
+    let pages = if header.kind == Kind::Batch { u64::from(header.raw) } else { 0 };
+    if records.len() != header.records as usize || data * PAGE != pages {
         return Err(field("number of pages", data));
     }
     Ok(records)
@@ -343,6 +433,23 @@ pub enum Reply {
     Ack(u64),
     /// It takes no more; a text of so many bytes follows.
     Refused(u32),
+    /// Send these pages, which are owed.
+    Want(Want),
+    /// Nothing is owed any more.
+    Complete,
+}
+
+/// Pages that a destination wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Want {
+    /// Their address space.
+    pub space: u32,
+    /// The first one's number.
+    pub page: u64,
+    /// How many.
+    pub count: u16,
+    /// A task waits for them.
+    pub urgent: bool,
 }
 
 impl Reply {
@@ -358,6 +465,14 @@ impl Reply {
                 bytes[0] = 2;
                 bytes[4..8].copy_from_slice(&length.to_le_bytes());
             }
+            Self::Want(want) => {
+                bytes[0] = 3;
+                bytes[1] = u8::from(want.urgent);
+                bytes[2..4].copy_from_slice(&want.count.to_le_bytes());
+                bytes[4..8].copy_from_slice(&want.space.to_le_bytes());
+                bytes[8..].copy_from_slice(&want.page.to_le_bytes());
+            }
+            Self::Complete => bytes[0] = 4,
         }
         bytes
     }
@@ -367,6 +482,14 @@ impl Reply {
         match bytes[0] {
             1 => Ok(Self::Ack(u64_at(&bytes, 8))),
             2 if u32_at(&bytes, 4) as usize <= MAX_TEXT => Ok(Self::Refused(u32_at(&bytes, 4))),
+            3 => {
+                let (count, page) = (u16::from_le_bytes([bytes[2], bytes[3]]), u64_at(&bytes, 8));
+                if count == 0 || page.saturating_add(count.into()) > MAX_PAGE {
+                    return Err(FrameError::Field { what: "range of pages", got: page });
+                }
+                Ok(Self::Want(Want { space: u32_at(&bytes, 4), page, count, urgent: bytes[1] == 1 }))
+            }
+            4 => Ok(Self::Complete),
             other => Err(FrameError::Field { what: "kind of answer", got: other.into() }),
         }
     }
@@ -386,16 +509,19 @@ mod tests {
     #[test]
     fn what_is_sent_is_what_arrives() {
         let records = [
-            Record { page: 5, count: 2, what: What::Data },
+            Record { page: 5, count: 1, what: What::Data },
+            Record { page: 6, count: 1, what: What::Changed },
             Record { page: 9, count: 256, what: What::Zero },
+            Record { page: 700, count: 256, what: What::Owed },
             Record { page: 5000, count: 3, what: What::Same { space: 8, page: 77 } },
         ];
-        let header = header(Kind::Batch, 3, 2);
+        let header = header(Kind::Batch, 5, 2);
         assert_eq!(Header::decode(&header.encode()), Ok(header));
         assert_eq!(decode_records(&header, &encode_records(&records)), Ok(records.to_vec()));
         let hello = Hello { migration: "web-1".into(), stream: 2 };
         assert_eq!(Hello::decode(&hello.encode()), Ok(hello));
-        for reply in [Reply::Ack(u64::MAX), Reply::Refused(12)] {
+        let want = Want { space: 7, page: 1 << 40, count: 9, urgent: true };
+        for reply in [Reply::Ack(u64::MAX), Reply::Refused(12), Reply::Want(want), Reply::Complete] {
             assert_eq!(Reply::decode(reply.encode()), Ok(reply));
         }
     }

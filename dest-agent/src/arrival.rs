@@ -5,6 +5,8 @@
 //!     └──────────┴─────────┴──Abort, silence, a broken stream──▶ undone      (no way back)
 //! ```
 
+use std::collections::VecDeque;
+use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,11 +15,13 @@ use longhaul_common::config::DestConfig;
 use longhaul_common::criu::keep_logs;
 use longhaul_common::description::Description;
 use longhaul_common::fault;
-use longhaul_common::handover::destination::{Action, Destination, Event, State as Custody};
+use longhaul_common::handover::destination::{Action, Destination, Event};
 use longhaul_common::handover::{Answer, DestinationPhase, Epoch, Request};
 use longhaul_common::journal::{Journal, JournalError};
 use longhaul_common::net::{Neighbour, Port};
+use longhaul_common::tasks::TaskId;
 use longhaul_common::tree::TreeError;
+use longhaul_proto::peer::Restore;
 use thiserror::Error;
 use tokio::sync::Mutex;
 use tracing::Instrument;
@@ -25,14 +29,17 @@ use tracing::Instrument;
 use crate::image_entries::EntriesError;
 use crate::images::ImageError;
 use crate::intake::Intake;
+use crate::memory::common::{self, CommonError};
+use crate::memory::owed;
 use crate::memory::receive::{Memory, ReceiveError};
 use crate::memory::store::PageStore;
 use crate::one_file::OneFileError;
+use crate::owing::settle;
 use crate::pagemap::restore_from_images;
 use crate::preflight::Findings;
 use crate::record::{Record, fence};
 use crate::restore::{Armed, MemoryFrom, RestoreError};
-use crate::staging::{Made, Staging, StagingError, clear_run};
+use crate::staging::{Made, Staging, StagingError, clear_run, pages_path};
 use crate::timerfd::rearm_expired;
 
 /// A step that failed, or was not due.
@@ -62,6 +69,9 @@ pub enum ArrivalError {
         /// What was announced.
         expected: String,
     },
+    /// The source is gone.
+    #[error("{0}")]
+    Lost(String),
     /// It was given up before.
     #[error("the migration is given up here, and its container can't be taken any more")]
     GivenUp,
@@ -88,6 +98,9 @@ pub enum ArrivalError {
     /// An image that has to be changed.
     #[error(transparent)]
     Entries(#[from] EntriesError),
+    /// What tasks share copy-on-write.
+    #[error(transparent)]
+    Common(#[from] CommonError),
     /// Its memory.
     #[error("the container's memory can't be taken")]
     Memory(#[from] ReceiveError),
@@ -154,6 +167,11 @@ impl State {
             Self::Undone => "undone",
         }
     }
+
+    /// What is restored and stopped must be as it was left.
+    fn must_be_held(&self) -> Result<(), RestoreError> {
+        if let Self::Stopped(_, armed) = self { armed.must_be_held() } else { Ok(()) }
+    }
 }
 
 impl Arrival {
@@ -175,9 +193,16 @@ impl Arrival {
         Self { migration, epoch, container, peer, config, journal, memory_limit, state, intake }
     }
 
-    fn record(&self, phase: DestinationPhase, made: Made, ports: &[Port]) -> Result<(), JournalError> {
-        let ports = ports.iter().map(|port| (port.name.clone(), port.index, port.bridge.clone())).collect();
-        let record = Record { container: self.container.id.clone(), epoch: self.epoch, phase, made, ports };
+    fn record(
+        &self,
+        phase: DestinationPhase,
+        made: Made,
+        ports: &[Port],
+        task: Option<TaskId>,
+    ) -> Result<(), JournalError> {
+        let owing = phase == DestinationPhase::Committed && owed::any(&pages_path(&made));
+        let (container, ports, peer) = (self.container.id.clone(), ports.to_vec(), self.peer.clone());
+        let record = Record { container, epoch: self.epoch, phase, made, ports, peer, owing, task };
         self.journal.write(&self.migration, &record)
     }
 
@@ -186,7 +211,8 @@ impl Arrival {
     async fn on(&self, stage: &mut Stage, event: Event) -> Result<(Option<Answer>, Timings), ArrivalError> {
         let mut said = None;
         let mut timings = Timings::new();
-        for action in stage.machine.on(event) {
+        let mut actions = VecDeque::from(stage.machine.on(event));
+        while let Some(action) = actions.pop_front() {
             tracing::debug!(?action, "hand-over");
             fault::point(&format!("destination:{}", action.name()));
             match action {
@@ -194,9 +220,14 @@ impl Arrival {
                     let start = Instant::now();
                     if let Err(error) = self.record_stage(phase, &stage.state) {
                         for action in stage.machine.on(Event::RecordFailed) {
-                            // That it is given up may not be written down either: a restart finds it arriving, and undoes it.
-                            if let Action::Undo = action {
-                                self.undo(&mut stage.state).await;
+                            match action {
+                                Action::Undo => self.undo(&mut stage.state).await,
+                                Action::Record(phase, _) => {
+                                    if let Err(error) = self.record_stage(phase, &stage.state) {
+                                        tracing::error!(%error, "can't record that the migration was undone");
+                                    }
+                                }
+                                _ => {}
                             }
                         }
                         return Err(error.into());
@@ -204,7 +235,13 @@ impl Arrival {
                     timings.push(("journal", start.elapsed()));
                 }
                 Action::Undo => self.undo(&mut stage.state).await,
-                Action::Resume => timings.extend(self.resume(&mut stage.state).await?),
+                Action::Resume => match stage.state.must_be_held() {
+                    Ok(()) => timings.extend(self.resume(&mut stage.state).await?),
+                    Err(error) => {
+                        tracing::error!(%error, "the container can't be resumed; its source keeps it");
+                        actions = stage.machine.on(Event::NotResumed).into();
+                    }
+                },
                 Action::Fence => fence(&self.config, &self.migration, &self.journal).await,
                 Action::Tell(answer) => said = Some(answer),
             }
@@ -216,17 +253,22 @@ impl Arrival {
         match (phase, state) {
             // First on record, then made: a killed agent finds what it has to take away.
             (DestinationPhase::Arriving, State::Offered(staging)) => {
-                self.record(phase, staging.intent(&self.container), &[])
+                self.record(phase, staging.intent(&self.container), &[], None)
             }
-            (DestinationPhase::Committed, State::Stopped(staging, _)) => {
-                let ports = staging.network.as_ref().map(|network| network.ports.as_slice()).unwrap_or_default();
-                self.record(phase, staging.made.clone(), ports)
+            (DestinationPhase::Committed, State::Stopped(staging, armed)) => {
+                self.record(phase, staging.made.clone(), staging.ports(), armed.task())
             }
             (DestinationPhase::Superseded, _) => {
                 let Some(record) = self.journal.read::<Record>(&self.migration) else { return Ok(()) };
                 self.journal.write(&self.migration, &Record { phase, ..record })
             }
-            _ => self.record(phase, Made::default(), &[]),
+            (DestinationPhase::Aborted, _) => {
+                let recorded = self.record(phase, Made::default(), &[], None);
+                // One that nobody knows is refused as well. As long as it is on record as arriving, an agent that starts would undo it
+                // again, by names that may be others' then.
+                recorded.or_else(|error| self.journal.forget(&self.migration).map_err(|_| error))
+            }
+            _ => self.record(phase, Made::default(), &[], None),
         }
     }
 
@@ -240,7 +282,14 @@ impl Arrival {
         let State::Offered(mut staging) = std::mem::replace(&mut stage.state, State::Undone) else {
             return Err(ArrivalError::GivenUp);
         };
-        if let Err(error) = staging.prepare(&self.container, &self.config.bridges) {
+        // Of a busy disk: heartbeats must go on meanwhile.
+        if let Err(error) = tokio::task::block_in_place(|| staging.prepare(&self.container, &self.config.bridges)) {
+            staging.undo();
+            return Err(error.into());
+        }
+        if let Err(error) =
+            self.record(DestinationPhase::Arriving, staging.intent(&self.container), staging.ports(), None)
+        {
             staging.undo();
             return Err(error.into());
         }
@@ -255,6 +304,24 @@ impl Arrival {
         self.intake.open(memory, staging.targets.clone(), staging.images());
         stage.state = State::Staged(staging);
         Ok(())
+    }
+
+    /// Finds what tasks share copy-on-write, and names it for CRIU; where that is, if there is any.
+    async fn common(&self, staging: &Staging) -> Result<Option<PathBuf>, ArrivalError> {
+        if !common::is_allowed() {
+            return Ok(None);
+        }
+        let (memory, dir) = (self.intake.memory()?, staging.pages());
+        let found = tokio::task::spawn_blocking(move || {
+            let runs = memory.find_common()?;
+            tracing::debug!(pages = runs.iter().map(|run| run.count).sum::<u64>(), "shared copy-on-write");
+            if runs.is_empty() {
+                return Ok(None);
+            }
+            let written = common::write_table(&dir, &runs);
+            written.map(|()| Some(dir.clone())).map_err(|source| ArrivalError::File { path: dir, source })
+        });
+        found.await.map_err(|_| ArrivalError::GivenUp)?
     }
 
     /// Starts the runtime's restore, which waits.
@@ -275,7 +342,8 @@ impl Arrival {
             if let Some(network) = &staging.network {
                 network.learn(neighbours)?;
             }
-            Ok(Armed::start(&self.config.engine, &self.container, &staging, from).await?)
+            let common = if from == MemoryFrom::Images { None } else { self.common(&staging).await? };
+            Ok(Armed::start(&self.config.engine, &self.container, &staging, from, common.as_deref()).await?)
         };
         match armed.await {
             Ok(armed) => {
@@ -289,9 +357,14 @@ impl Arrival {
         }
     }
 
-    /// Restores the container, stopped and silent. All trees, images and, if `pages`, all memory must have arrived. Returns
-    /// also how many pages lie in the store.
-    pub async fn restore(&self, announced: u64, pages: bool) -> Result<(Timings, u64), ArrivalError> {
+    /// Restores the container, stopped and silent. All trees, images and, if so announced, all memory must have arrived. Returns
+    /// also how many pages lie in the store. It is given up when `lost` ends: a task may wait for a page that the source owes, and that
+    /// will not come.
+    pub async fn restore(
+        &self,
+        announced: &Restore,
+        lost: impl Future<Output = String>,
+    ) -> Result<(Timings, u64), ArrivalError> {
         let mut stage = self.state.lock().await;
         let State::Armed(mut staging, mut armed) = take(&mut stage.state, |state| matches!(state, State::Armed(..)))
         else {
@@ -301,13 +374,20 @@ impl Arrival {
         let mut timings = Timings::new();
         let mut stored = 0;
         let restored = async {
-            if arrived != Some(announced) {
-                return Err(ArrivalError::Images { announced, arrived: arrived.unwrap_or(0) });
+            if arrived != Some(announced.image_files) {
+                let (announced, arrived) = (announced.image_files, arrived.unwrap_or(0));
+                return Err(ArrivalError::Images { announced, arrived });
             }
-            if pages {
+            let mut shared = None;
+            if announced.pages {
                 restore_from_images(&staging.images())?;
                 let memory = memory.ok_or(ReceiveError::NotDue)?;
-                stored = memory.finish()?;
+                let arrived = memory.finish()?;
+                stored = arrived.pages;
+                if let Some(not_common) = &arrived.not_common {
+                    tokio::task::block_in_place(|| common::write_tasks(&staging.images(), not_common))?;
+                }
+                shared = Some(memory.hand_out(&staging.images())?);
             }
             let start = Instant::now();
             staging.mount_root(&self.container)?;
@@ -315,7 +395,14 @@ impl Arrival {
             let rearmed = rearm_expired(&staging.images())?;
             tracing::debug!(rearmed, "periodic timers had expired during the move");
             let start = Instant::now();
-            armed.restore().await?;
+            tokio::select! {
+                biased;
+                restored = armed.restore() => restored?,
+                reason = lost => return Err(ArrivalError::Lost(reason)),
+            }
+            if let Some(shared) = &shared {
+                shared.must_have_given(&announced.shared).map_err(ReceiveError::from)?;
+            }
             timings.push(("criu-restore", start.elapsed()));
             Ok(())
         };
@@ -345,6 +432,8 @@ impl Arrival {
         if !matches!(stage.state, State::Stopped(..) | State::Running) {
             return Err(out_of_turn("Commit", "it once, after Restore", &stage.state));
         }
+        // Found now, nothing has to be taken back.
+        stage.state.must_be_held()?;
         match self.on(&mut stage, Event::Heard(Request::Commit(epoch))).await? {
             (Some(Answer::Committed(_)), timings) => Ok(timings),
             _ => Err(ArrivalError::GivenUp),
@@ -373,8 +462,15 @@ impl Arrival {
         if let Some(network) = &staging.network {
             network.announcer.announce();
         }
-        resumed?;
+        match resumed {
+            // Whatever CRIU or its hold came to after that: it runs.
+            Err(error) if armed.runs() => {
+                tracing::error!(%error, "the container runs, but its restore did not end well");
+            }
+            resumed => resumed?,
+        }
         let container = self.container.clone();
+        let (journal, migration) = (self.journal.clone(), self.migration.clone());
         let span = tracing::Span::current();
         let rest = async move {
             let filler = armed.finish().await;
@@ -382,7 +478,10 @@ impl Arrival {
             let _ = tokio::task::spawn_blocking(move || staging.settle(&container)).await;
             if let Some(mut filler) = filler {
                 match filler.filled().await {
-                    Ok(()) => tracing::info!(ms = start.elapsed().as_millis(), "all memory is in place"),
+                    Ok(()) => {
+                        tracing::info!(ms = start.elapsed().as_millis(), "all memory is in place");
+                        settle(&journal, &migration);
+                    }
                     // Its store is all there is of the container's memory: nothing of it is removed.
                     Err(error) => return tracing::error!(%error, "the container's memory is not complete"),
                 }
@@ -418,7 +517,8 @@ impl Arrival {
     async fn undo(&self, state: &mut State) {
         match std::mem::replace(state, State::Undone) {
             State::Running | State::Undone | State::Offered(_) => {}
-            State::Staged(staging) => self.clean(staging).await,
+            // The runtime has not heard of it.
+            State::Staged(staging) => drop(tokio::task::spawn_blocking(move || staging.undo()).await),
             State::Armed(staging, armed) | State::Stopped(staging, armed) => {
                 armed.kill().await;
                 self.clean(staging).await;
@@ -432,11 +532,6 @@ impl Arrival {
             tracing::debug!(%error, "the runtime had nothing to delete");
         }
         let _ = tokio::task::spawn_blocking(move || staging.undo()).await;
-    }
-
-    /// Whether the container runs here.
-    pub async fn is_committed(&self) -> bool {
-        self.state.lock().await.machine.state() == Custody::Committed
     }
 
     /// What is pushed for it.

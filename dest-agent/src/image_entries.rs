@@ -48,6 +48,16 @@ pub fn extend(path: &Path, change: impl FnMut(usize, &[u8]) -> Option<Option<Vec
     Ok(count)
 }
 
+/// All entries of an image.
+pub fn entries(path: &Path) -> Result<Vec<Vec<u8>>, EntriesError> {
+    let mut found = Vec::new();
+    extend(path, |_, entry| {
+        found.push(entry.to_owned());
+        Some(None)
+    })?;
+    Ok(found)
+}
+
 /// The image with its entries extended, and how many were; nothing if it is damaged. `change` gives nothing for an entry that
 /// can't be read, and `Some(None)` for one that stays as it is.
 pub(crate) fn extended(

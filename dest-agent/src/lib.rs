@@ -11,6 +11,7 @@ pub mod images;
 pub mod intake;
 pub mod memory;
 pub mod one_file;
+pub mod owing;
 pub mod pagemap;
 pub mod preflight;
 pub mod record;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use longhaul_common::cgroup::Freezer;
+use longhaul_common::cgroup::{CgroupError, Freezer};
 use longhaul_common::config::DestConfig;
 use longhaul_common::criu::hold::{HoldEvent, HoldListener};
 use longhaul_common::handover::destination::{Action, Destination, Event};
@@ -10,8 +10,12 @@ use longhaul_common::handover::{Answer, DestinationPhase, Epoch, Request};
 use longhaul_common::journal::{Journal, JournalError};
 use longhaul_common::leftovers::{end_restore, is_filling};
 use longhaul_common::net::Port;
+use longhaul_common::tasks::TaskId;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
+use crate::owing::settle_ended;
 use crate::restore::hold_socket;
 use crate::staging::{Made, settle_run, undo};
 
@@ -26,9 +30,29 @@ pub struct Record {
     pub phase: DestinationPhase,
     /// What was made for it.
     pub made: Made,
-    /// The host's ends of its interfaces: name, index, bridge. Of a committed one, to be put on their bridges.
+    /// The host's ends of its interfaces: name, index, bridge. They are put on their bridges, or removed.
     #[serde(default)]
-    pub ports: Vec<(String, u32, String)>,
+    pub ports: Vec<Port>,
+    /// The names in the certificate of the source.
+    #[serde(default)]
+    pub peer: Vec<String>,
+    /// It runs, or is about to, and some of its memory is still the source's to send.
+    #[serde(default)]
+    pub owing: bool,
+    /// Its first task, once it is restored: another container may have its name later.
+    #[serde(default)]
+    pub task: Option<TaskId>,
+}
+
+impl Record {
+    /// A namespace ends with its last socket, and one that waits for its peer to acknowledge its end may take minutes: until
+    /// then it would keep its interfaces, and their names.
+    fn remove_ports(&self) {
+        // The directory is in memory: without it this is another boot, where others may have these names.
+        if self.made.run.exists() {
+            self.ports.iter().for_each(Port::remove_if_there);
+        }
+    }
 }
 
 /// How long the end of a migration is remembered: a source in doubt asks within minutes, or its host was down for days.
@@ -36,7 +60,7 @@ const REMEMBERED: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Goes on with a commit that was cut off: the container is this host's, and CRIU may still hold it before its first
 /// instruction.
-async fn resume_committed(migration: &str, record: &Record) {
+async fn resume_committed(journal: &Journal, migration: &str, record: &Record) {
     if !record.made.run.exists() {
         return;
     }
@@ -44,8 +68,8 @@ async fn resume_committed(migration: &str, record: &Record) {
         Err(error) => tracing::error!(migration, %error, "can't look for a container that waits to be resumed"),
         Ok(listener) => {
             if let Ok(Ok(mut held)) = tokio::time::timeout(HOLD_RECONNECTS, listener.accept()).await {
-                for (name, index, bridge) in record.ports.clone() {
-                    if let Err(error) = (Port { name, index, bridge }).join() {
+                for port in &record.ports {
+                    if let Err(error) = port.join() {
                         tracing::error!(migration, %error, "the container's port is not on its bridge: add it by hand");
                     }
                 }
@@ -59,11 +83,12 @@ async fn resume_committed(migration: &str, record: &Record) {
         }
     }
     // Its memory may still be on its way to it: the filler needs its store.
-    let made = record.made.clone();
+    let (made, journal, migration) = (record.made.clone(), journal.clone(), migration.to_owned());
     tokio::spawn(async move {
         while is_filling(&hold_socket(&made.run)) {
             tokio::time::sleep(FILLED_POLL).await;
         }
+        settle_ended(&journal, &migration, &made);
         let _ = tokio::task::spawn_blocking(move || settle_run(&made)).await;
     });
 }
@@ -78,18 +103,24 @@ const HOLD_RECONNECTS: Duration = Duration::from_secs(1);
 pub async fn recover(config: &DestConfig, journal: &Journal) {
     journal.prune(REMEMBERED, |record: &Record| record.phase != DestinationPhase::Arriving);
     let runtime = config.engine.runtime();
-    for (migration, mut record) in journal.all::<Record>() {
+    let records = journal.all::<Record>();
+    for (migration, mut record) in records.clone() {
         let (_, actions) = Destination::recover(record.phase, record.epoch);
         for action in actions {
             match action {
+                Action::Undo if has_successor(journal, &records, &migration, &record.container) => {
+                    tracing::warn!(migration, container = record.container, "undone already, as a later one shows");
+                    (record.made, record.ports) = (Made::default(), Vec::new());
+                }
                 Action::Undo => {
                     tracing::warn!(migration, container = record.container, "undoing an arrival that was cut off");
                     end_restore(&hold_socket(&record.made.run), &runtime.state_dir(&record.container));
                     if let Err(error) = runtime.delete(&record.container).await {
                         tracing::debug!(%error, "the runtime had nothing to delete");
                     }
+                    record.remove_ports();
                     undo(&record.made);
-                    record.made = Made::default();
+                    (record.made, record.ports) = (Made::default(), Vec::new());
                 }
                 Action::Record(phase, epoch) => {
                     (record.phase, record.epoch) = (phase, epoch);
@@ -97,13 +128,21 @@ pub async fn recover(config: &DestConfig, journal: &Journal) {
                         tracing::error!(%error, migration, "can't record that the migration was undone");
                     }
                 }
-                Action::Resume => resume_committed(&migration, &record).await,
+                Action::Resume => resume_committed(journal, &migration, &record).await,
                 Action::Fence => fence(config, &migration, journal).await,
                 // Nobody listens yet.
                 Action::Tell(_) => {}
             }
         }
     }
+}
+
+/// Whether a container arrived again after this migration, for which an agent first takes away what an earlier one left. By
+/// their names, the container and its files are the later one's now.
+fn has_successor(journal: &Journal, records: &[(String, Record)], migration: &str, container: &str) -> bool {
+    let written = journal.written(migration);
+    let others = records.iter().filter(|(id, other)| id != migration && other.container == container);
+    others.into_iter().any(|(id, _)| journal.written(id) > written)
 }
 
 /// What became of a migration that is not under way any more, if it ever was.
@@ -114,9 +153,7 @@ pub async fn decide_ended(
     request: Request,
 ) -> Result<Option<Answer>, JournalError> {
     let known = journal.read::<Record>(migration);
-    let epoch = match request {
-        Request::Commit(epoch) | Request::Ask(epoch) | Request::Supersede(epoch) => epoch,
-    };
+    let epoch = request.epoch();
     // What has to be done first was done at the agent's start, or while it was under way.
     let mut machine = match &known {
         Some(record) => Destination::recover(record.phase, record.epoch).0,
@@ -128,6 +165,9 @@ pub async fn decide_ended(
         phase: DestinationPhase::Aborted,
         made: Made::default(),
         ports: Vec::new(),
+        peer: Vec::new(),
+        owing: false,
+        task: None,
     });
     let mut said = None;
     for action in machine.on(Event::Heard(request)) {
@@ -143,25 +183,44 @@ pub async fn decide_ended(
 }
 
 /// Stops a container that an operator of its source decided is not this host's, and takes it off its network. It is not
-/// ended: what it did since is lost with it, and somebody may want to look first.
+/// ended: what it did since is lost with it, and somebody may want to look first. One whose tasks wait for memory that the source
+/// has can't be stopped, and will never have that memory: it is ended, off its network, so that nobody hears of it.
 pub async fn fence(config: &DestConfig, migration: &str, journal: &Journal) {
     let Some(record) = journal.read::<Record>(migration) else { return };
     let container = &record.container;
     let Ok(state) = config.engine.runtime().state(container).await else {
         return tracing::warn!(migration, container, "superseded, and not here any more");
     };
-    match Freezer::of(state.pid).map(|freezer| freezer.freeze()) {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) | Err(error) => tracing::error!(%error, container, "can't stop a container that was superseded"),
+    if record.task.is_some_and(|task| TaskId::of(state.pid) != Some(task)) {
+        return tracing::info!(
+            migration,
+            container,
+            "superseded, and not here any more: this is another one of its name"
+        );
     }
-    for (name, index, bridge) in record.ports.clone() {
-        if let Err(error) = (Port { name, index, bridge }).part() {
+    for port in &record.ports {
+        if let Err(error) = port.part() {
             tracing::error!(%error, container, "can't take a container that was superseded off its bridge");
         }
+    }
+    match Freezer::of(state.pid).map(|freezer| freezer.freeze().map_err(|error| (freezer, error))) {
+        Ok(Ok(())) => {}
+        Ok(Err((freezer, error @ CgroupError::Stuck { .. }))) if record.owing => {
+            tracing::warn!(%error, container, "ended: it waits for memory that will not come");
+            for pid in freezer.tasks().unwrap_or_default() {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        }
+        Ok(Err((freezer, error))) => {
+            // Asked for again: it stops as soon as it can.
+            let asked = freezer.freeze_without_waiting();
+            tracing::error!(%error, ?asked, container, "a container that was superseded is not stopped yet");
+        }
+        Err(error) => tracing::error!(%error, container, "can't stop a container that was superseded"),
     }
     tracing::error!(
         migration,
         container,
-        "an operator kept this container on its source, where it runs; the copy here is frozen and off its network: `runc delete --force {container}` ends it"
+        "an operator kept this container on its source, where it runs; the copy here is stopped and off its network: `runc delete --force {container}` removes it"
     );
 }

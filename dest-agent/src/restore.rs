@@ -6,20 +6,22 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use longhaul_common::config::EngineConfig;
+use longhaul_common::config::{CRIU_LEAVES_LATER, CRIU_READS_COMMON, CRIU_RESTORES, EngineConfig};
 use longhaul_common::criu::hold::{
     CRIU_ENV, FIRST_INHERITED_FD, Held, HoldError, HoldEvent, HoldListener, OpenFile, Prepare, SOCKET_ENV,
 };
 use longhaul_common::criu::{failure_of, path_with_hold, rpc};
 use longhaul_common::description::{Description, StdioTarget};
-use longhaul_common::leftovers::{cgroups_of_hold, remove_cgroups};
+use longhaul_common::leftovers::{cgroups_of_hold, end_restore, remove_cgroups, remove_roots};
 use longhaul_common::runtime::last_message;
+use longhaul_common::tasks::TaskId;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use thiserror::Error;
 use tokio::process::Child;
 
 use crate::memory::at_once::{PlaceError, place};
+use crate::memory::common::wait_read_in;
 use crate::memory::handle::{FillError, Filler};
 use crate::staging::Staging;
 
@@ -52,6 +54,12 @@ pub enum RestoreError {
         #[source]
         source: std::io::Error,
     },
+    /// Without it memory that is filled in later would be lost.
+    #[error(
+        "this host makes huge pages unasked ({HUGE_PAGES}/enabled), and the library {0} that keeps CRIU from it is missing: install \
+         the whole of Longhaul, or set engine.filter"
+    )]
+    Library(PathBuf),
     /// The runtime gave up before CRIU.
     #[error("the runtime did not get as far as CRIU: {0}")]
     Runtime(String),
@@ -64,6 +72,9 @@ pub enum RestoreError {
     /// It is not filled in time.
     #[error("not all memory was in place within {} s: is the container at its memory limit?", EAGER_DEADLINE.as_secs())]
     Eager,
+    /// CRIU was killed.
+    #[error("CRIU, which held the restored tasks, is gone, and they are gone with it")]
+    Gone,
     /// The filler.
     #[error(transparent)]
     Fill(#[from] FillError),
@@ -97,17 +108,24 @@ pub struct Armed {
     from: MemoryFrom,
     /// The container's.
     cgroups: Vec<PathBuf>,
+    /// Where the runtime keeps what it knows of the container.
+    runtime_dir: PathBuf,
     listener: HoldListener,
 }
 
 impl Armed {
-    /// Starts the runtime. `descriptors.json` must be among the images; nothing else of them is needed yet.
+    /// Starts the runtime. `descriptors.json` must be among the images; nothing else of them is needed yet. What tasks have in `common` is in that
+    /// store already, and is read now.
     pub async fn start(
         engine: &EngineConfig,
         container: &Description,
         staging: &Staging,
         from: MemoryFrom,
+        common: Option<&Path>,
     ) -> Result<Self, RestoreError> {
+        if from != MemoryFrom::Images && !engine.filter.is_file() && makes_huge_pages_unasked() {
+            return Err(RestoreError::Library(engine.filter.clone()));
+        }
         let hold = hold_socket(&staging.made.run);
         let filler = match from {
             MemoryFrom::Images => None,
@@ -136,10 +154,20 @@ impl Armed {
             return Err(RestoreError::Runtime(format!("no answer within {} s", START_DEADLINE.as_secs())));
         };
         let mut held = held?;
-        held.prepare(preparation(container, staging, from)).await?;
+        let mut environment = engine.criu_environment();
+        environment.push(if from == MemoryFrom::Images { CRIU_RESTORES } else { CRIU_LEAVES_LATER }.to_owned());
+        environment.extend(common.map(|store| format!("{CRIU_READS_COMMON}={}", store.display())));
+        held.prepare(Prepare { environment, ..preparation(container, staging, from) }).await?;
+        if let Some(store) = common.filter(|_| engine.filter.is_file()) {
+            tokio::select! {
+                () = wait_read_in(store) => {}
+                _ = child.wait() => return Err(RestoreError::Runtime(runtime_message(&log))),
+            }
+        }
         let cgroups = tokio::task::spawn_blocking(move || cgroups_of_hold(&hold)).await.unwrap_or_default();
         let (work, pages) = (staging.work(), staging.pages());
-        Ok(Self { held, child, log, work, pages, init: 0, gone: false, filler, from, cgroups, listener })
+        let runtime_dir = engine.runtime().state_dir(&container.id);
+        Ok(Self { held, child, log, work, pages, init: 0, gone: false, filler, from, cgroups, runtime_dir, listener })
     }
 
     /// Restores. On success every task exists, stopped before its first instruction.
@@ -174,6 +202,25 @@ impl Armed {
         Ok(())
     }
 
+    /// Whether CRIU still holds every task. Without it they are gone, or soon will be.
+    pub fn must_be_held(&self) -> Result<(), RestoreError> {
+        match tracer_of(self.init) {
+            Some(_) => Ok(()),
+            None => Err(RestoreError::Gone),
+        }
+    }
+
+    /// Its first task.
+    pub fn task(&self) -> Option<TaskId> {
+        TaskId::of(self.init)
+    }
+
+    /// Whether its first task is free, and lives.
+    pub fn runs(&self) -> bool {
+        std::fs::read_to_string(format!("/proc/{}/status", self.init))
+            .is_ok_and(|status| status.contains("\nTracerPid:\t0\n") && !status.contains("\nState:\tZ"))
+    }
+
     /// Lets the container run. Returns once its tasks do; [`finish`](Self::finish) waits for the rest.
     pub async fn resume(&mut self) -> Result<(), RestoreError> {
         self.held.verdict(true).await?;
@@ -183,10 +230,11 @@ impl Armed {
         {
             tracing::error!(%error, "the container's memory is filled in by its faults alone");
         }
-        match self.held.next().await? {
-            HoldEvent::Ended { success: true, .. } => Ok(()),
-            HoldEvent::Ended { error, .. } => Err(self.failure(&error)),
-            HoldEvent::Waiting { script, .. } => Err(RestoreError::Criu(format!("it waits at {script} again"))),
+        match self.held.next().await {
+            Ok(HoldEvent::Ended { success: true, .. }) => Ok(()),
+            Ok(HoldEvent::Ended { error, .. }) => Err(self.failure(&error)),
+            Ok(HoldEvent::Waiting { script, .. }) => Err(RestoreError::Criu(format!("it waits at {script} again"))),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -200,29 +248,37 @@ impl Armed {
 
     /// Ends it, whatever it has reached; nothing of the container is left running.
     pub async fn kill(mut self) {
-        if self.gone {
-            if self.init > 0 {
-                // The end of its init ends a PID namespace. Its sockets say so into a network that is on no bridge.
-                let tracer = tracer_of(self.init);
-                let _ = kill(Pid::from_raw(self.init), Signal::SIGKILL);
-                // CRIU would wait for that init, and the init (`zap_pid_ns_processes`) for its own dead threads, which
-                // only their tracer, CRIU, can reap: told to fail, it would never end.
-                if let Some(tracer) = tracer {
-                    let _ = kill(tracer, Signal::SIGKILL);
-                }
+        let socket = self.listener.path().to_owned();
+        if !self.gone {
+            let _ = self.held.cancel().await;
+        } else if self.init == 0 {
+            // Half-way, and nobody asks for a verdict: a task may wait for a page that will not come.
+            end(socket.clone(), self.runtime_dir.clone()).await;
+        } else {
+            // The end of its init ends a PID namespace. Its sockets say so into a network that is on no bridge.
+            let tracer = tracer_of(self.init);
+            let _ = kill(Pid::from_raw(self.init), Signal::SIGKILL);
+            // CRIU would wait for that init, and the init (`zap_pid_ns_processes`) for its own dead threads, which
+            // only their tracer, CRIU, can reap: told to fail, it would never end.
+            if let Some(tracer) = tracer {
+                let _ = kill(tracer, Signal::SIGKILL);
             }
             let _ = self.held.verdict(false).await;
-        } else {
-            let _ = self.held.cancel().await;
         }
         if tokio::time::timeout(END_DEADLINE, self.child.wait()).await.is_err() {
-            let _ = self.child.kill().await;
+            tracing::warn!("the restore does not end by itself");
+            end(socket.clone(), self.runtime_dir).await;
+            let _ = self.child.wait().await;
         }
         if let Some(filler) = self.filler.take() {
             filler.stop().await;
         }
-        let (socket, cgroups) = (self.listener.path().to_owned(), self.cgroups);
-        let _ = tokio::task::spawn_blocking(move || remove_cgroups(&socket, &cgroups)).await;
+        let cgroups = self.cgroups;
+        let cleared = tokio::task::spawn_blocking(move || {
+            remove_cgroups(&socket, &cgroups);
+            remove_roots();
+        });
+        let _ = cleared.await;
     }
 
     fn failure(&self, error: &str) -> RestoreError {
@@ -230,6 +286,21 @@ impl Armed {
         let runtime = runtime_message(&self.log);
         RestoreError::Criu(found.unwrap_or_else(|| if error.is_empty() { runtime } else { error.to_owned() }))
     }
+}
+
+/// How the kernel makes huge pages (Documentation/admin-guide/mm/transhuge.rst).
+const HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage";
+
+/// Whether tasks get huge pages that they did not ask for, of any size.
+fn makes_huge_pages_unasked() -> bool {
+    let sizes = std::fs::read_dir(HUGE_PAGES).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut settings = sizes.chain([PathBuf::from(HUGE_PAGES)]).map(|dir| dir.join("enabled"));
+    settings.any(|path| std::fs::read_to_string(path).is_ok_and(|text| text.contains("[always]")))
+}
+
+/// Ends everything that was started for a restore.
+async fn end(socket: PathBuf, runtime_dir: PathBuf) {
+    let _ = tokio::task::spawn_blocking(move || end_restore(&socket, &runtime_dir)).await;
 }
 
 /// Where the hold of one arrival finds its agent.
@@ -299,6 +370,9 @@ fn preparation(container: &Description, staging: &Staging, from: MemoryFrom) -> 
         addition: Some(rpc::Options {
             root: Some(staging.root(container).display().to_string()),
             inherit_fd: inherited,
+            external: (0..container.tmpfs.len())
+                .map(|index| format!("mnt[{}]:{}", rpc::external_tmpfs(index), staging.tmpfs(index).display()))
+                .collect(),
             network_lock: staging.network.is_some().then_some(rpc::NetworkLock::Skip as i32),
             manage_cgroups_mode: container.single_cgroup.then_some(rpc::CgroupMode::Ignore as i32),
             log_level: Some(rpc::LOG_LEVEL),

@@ -8,11 +8,13 @@ use std::time::Duration;
 use longhaul_common::chain;
 use longhaul_common::config::DestConfig;
 use longhaul_common::description::Description;
+use longhaul_common::fault;
 use longhaul_common::handover::{Answer, Request as Told};
 use longhaul_common::host::Capabilities;
 use longhaul_common::journal::{Journal, is_migration_id};
 use longhaul_common::layers::LayerDigests;
 use longhaul_common::obstacle::Obstacle;
+use longhaul_common::pages::FETCH;
 use longhaul_common::tls::{PageConnections, PeerIdentity, TlsConnection};
 use longhaul_common::wire::{WireError, neighbour, tree_item};
 use longhaul_proto::peer;
@@ -28,6 +30,7 @@ use tracing::Instrument;
 
 use crate::arrival::{Arrival, ArrivalError, Timings};
 use crate::memory::receive;
+use crate::owing::pass_on;
 use crate::preflight::{self, Findings};
 use crate::record::{Record, decide_ended};
 use crate::restore::MemoryFrom;
@@ -55,7 +58,8 @@ impl PeerService {
         let capabilities = Capabilities::of_this_host(&config.engine);
         let digests = Arc::new(LayerDigests::open(&config.paths.state));
         let arrivals: Arc<Mutex<HashMap<String, Arc<Arrival>>>> = Arc::default();
-        let door = Door { config: config.clone(), host: capabilities.host.clone(), arrivals: arrivals.clone() };
+        let (host, known) = (capabilities.host.clone(), arrivals.clone());
+        let door = Door { config: config.clone(), host, journal: journal.clone(), arrivals: known };
         Self { config, capabilities, journal, digests, arrivals, door }
     }
 
@@ -88,6 +92,7 @@ impl PeerService {
 pub struct Door {
     config: Arc<DestConfig>,
     host: String,
+    journal: Journal,
     arrivals: Arc<Mutex<HashMap<String, Arc<Arrival>>>>,
 }
 
@@ -123,8 +128,11 @@ impl Door {
             self.check(connection.identity())?;
             let identity = connection.identity().clone();
             let hello = receive::hello(&mut connection).await.map_err(|error| chain(&error))?;
+            if hello.stream == FETCH {
+                return Ok((hello, None));
+            }
             let arrival = self.find(&hello.migration, &identity)?;
-            Ok::<_, String>((hello, arrival.intake().memory().map_err(|error| chain(&error))?))
+            Ok::<_, String>((hello, Some(arrival.intake().memory().map_err(|error| chain(&error))?)))
         };
         let (hello, memory) = match opened.await {
             Ok(opened) => opened,
@@ -133,6 +141,7 @@ impl Door {
                 return receive::refuse(&mut connection, &reason).await;
             }
         };
+        let Some(memory) = memory else { return pass_on(connection, &self.journal, &hello.migration).await };
         let span = tracing::info_span!("pages", migration = hello.migration);
         let received = receive::receive(connection, hello.stream, memory).instrument(span).await;
         if let Err(error) = received {
@@ -188,10 +197,9 @@ impl Peer for PeerService {
             applier.intake().apply_pass(start.tree, items)
         });
         let mut ended = false;
-        while let Some(message) = stream.message().await? {
-            let Some(part) = message.message else {
-                return Err(Status::invalid_argument(WireError::Empty("tree").to_string()));
-            };
+        // However it breaks off, what came of it must not pass for the whole.
+        while let Ok(Some(message)) = stream.message().await {
+            let Some(part) = message.message else { break };
             if let TreePart::End(_) = part {
                 ended = true;
                 break;
@@ -298,7 +306,7 @@ struct Session {
 
 impl Session {
     async fn run(self, mut stream: Streaming<peer::SourceMessage>) {
-        let offer = match next(&mut stream).await {
+        let offer = match hear(&mut stream).await {
             Ok(Request::Offer(offer)) => offer,
             Ok(_) => return self.fail("a session begins with an offer").await,
             Err(reason) => return self.fail(&reason).await,
@@ -385,7 +393,7 @@ impl Session {
     /// Message by message; an error text ends the migration.
     async fn steps(&self, arrival: &Arrival, stream: &mut Streaming<peer::SourceMessage>) -> Result<(), String> {
         loop {
-            match next(stream).await? {
+            match hear(stream).await? {
                 Request::Heartbeat(_) => {}
                 Request::Prepare(_) => {
                     arrival.prepare().await.map_err(|error| chain(&error))?;
@@ -402,7 +410,7 @@ impl Session {
                     self.say(Reply::Armed(peer::Armed {})).await;
                 }
                 Request::Restore(restore) => {
-                    let restored = arrival.restore(restore.image_files, restore.pages).await;
+                    let restored = arrival.restore(&restore, lost(stream)).await;
                     let (timings, stored_pages) = restored.map_err(|error| chain(&error))?;
                     let timings = wire_timings(timings);
                     self.say(Reply::Restored(peer::Restored { timings, stored_pages })).await;
@@ -421,6 +429,7 @@ impl Session {
     }
 
     async fn say(&self, message: Reply) {
+        fault::point(&format!("destination:say:{}", said(&message)));
         // A source that is gone shows at the next read.
         let _ = self.replies.send(Ok(peer::DestinationMessage { message: Some(message) })).await;
     }
@@ -443,12 +452,53 @@ async fn beat(replies: mpsc::Sender<Result<peer::DestinationMessage, Status>>) {
     }
 }
 
-async fn next(stream: &mut Streaming<peer::SourceMessage>) -> Result<Request, String> {
+async fn hear(stream: &mut Streaming<peer::SourceMessage>) -> Result<Request, String> {
     match tokio::time::timeout(SILENCE_DEADLINE, stream.message()).await {
         Err(_) => Err(format!("the source was silent for {} s", SILENCE_DEADLINE.as_secs())),
         Ok(Err(status)) => Err(format!("the connection to the source broke: {}", status.message())),
         Ok(Ok(None)) => Err("the source ended its session".to_owned()),
-        Ok(Ok(Some(message))) => message.message.ok_or_else(|| WireError::Empty("control").to_string()),
+        Ok(Ok(Some(message))) => {
+            let request = message.message.ok_or_else(|| WireError::Empty("control").to_string())?;
+            fault::point(&format!("destination:heard:{}", heard(&request)));
+            Ok(request)
+        }
+    }
+}
+
+/// Ends when the source is gone or gives up, with the reason.
+async fn lost(stream: &mut Streaming<peer::SourceMessage>) -> String {
+    loop {
+        match hear(stream).await {
+            Ok(Request::Heartbeat(_)) => {}
+            Ok(Request::Abort(abort)) => return format!("the source gave up: {}", abort.reason),
+            Ok(other) => return format!("the source said {} while the container was restored", heard(&other)),
+            Err(reason) => return reason,
+        }
+    }
+}
+
+/// Names of messages, for faults.
+fn heard(request: &Request) -> &'static str {
+    match request {
+        Request::Offer(_) => "offer",
+        Request::Prepare(_) => "prepare",
+        Request::Arm(_) => "arm",
+        Request::Restore(_) => "restore",
+        Request::Commit(_) => "commit",
+        Request::Abort(_) => "abort",
+        Request::Heartbeat(_) => "heartbeat",
+    }
+}
+
+fn said(reply: &Reply) -> &'static str {
+    match reply {
+        Reply::Verdict(_) => "verdict",
+        Reply::Prepared(_) => "prepared",
+        Reply::Armed(_) => "armed",
+        Reply::Restored(_) => "restored",
+        Reply::Committed(_) => "committed",
+        Reply::Failed(_) => "failed",
+        Reply::Heartbeat(_) => "heartbeat",
     }
 }
 

@@ -6,9 +6,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use longhaul_common::config::Paths;
-use longhaul_common::description::{Description, Network, Rootfs, TreeRole};
+use longhaul_common::description::{Description, Network, Rootfs, TMPFS_FLAGS, Tmpfs, TreeRole};
 use longhaul_common::moved::Moved;
-use longhaul_common::net::{self, BuiltNamespace, NetError};
+use longhaul_common::net::{self, BuiltNamespace, NetError, Port};
 use longhaul_common::tree::TreeKind;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde::{Deserialize, Serialize};
@@ -86,6 +86,7 @@ impl Staging {
     /// Plans an arrival: nothing is touched yet.
     pub fn plan(paths: &Paths, migration: &str, container: &Description, findings: &Findings) -> Self {
         let store = layer_store(paths);
+        let run = paths.run.join("dest").join(migration);
         let mut layers = Vec::new();
         let targets = container
             .trees()
@@ -95,6 +96,10 @@ impl Staging {
                 match tree.role {
                     TreeRole::Upper => Some(Target { root, kind: TreeKind::Upper, only: None, digest: None }),
                     TreeRole::Plain | TreeRole::Volume => {
+                        Some(Target { root, kind: TreeKind::Plain, only: None, digest: None })
+                    }
+                    TreeRole::Tmpfs(index) => {
+                        let root = tmpfs_path(&run, index);
                         Some(Target { root, kind: TreeKind::Plain, only: None, digest: None })
                     }
                     TreeRole::File => {
@@ -116,7 +121,7 @@ impl Staging {
                 }
             })
             .collect();
-        let made = Made { run: paths.run.join("dest").join(migration), ..Made::default() };
+        let made = Made { run, ..Made::default() };
         Self { made, targets, network: None, layers }
     }
 
@@ -127,6 +132,7 @@ impl Staging {
         let partials = self.targets.iter().flatten().filter(|target| target.digest.is_some());
         made.paths.extend(partials.map(|target| target.root.clone()));
         made.mounts.extend(self.mount_point(container));
+        made.mounts.extend((0..container.tmpfs.len()).map(|index| self.tmpfs(index)));
         made
     }
 
@@ -163,6 +169,9 @@ impl Staging {
         for target in self.targets.iter().flatten().filter(|target| target.digest.is_some()) {
             self.made.paths.push(target.root.clone());
         }
+        for (index, tmpfs) in container.tmpfs.iter().enumerate() {
+            self.mount_tmpfs(index, tmpfs)?;
+        }
         let config = Path::new(&container.bundle).join("config.json");
         fs::write(&config, &container.config).map_err(path_error("write", &config))?;
         let images = self.images();
@@ -178,6 +187,21 @@ impl Staging {
             self.network = Some(built);
         }
         Ok(())
+    }
+
+    fn mount_tmpfs(&mut self, index: usize, tmpfs: &Tmpfs) -> Result<(), StagingError> {
+        let path = self.tmpfs(index);
+        let flags = TMPFS_FLAGS.iter().filter(|(name, _)| tmpfs.flags.iter().any(|flag| flag == name));
+        let flags = flags.fold(MsFlags::empty(), |flags, (_, flag)| flags | *flag);
+        mount(Some(tmpfs.source.as_str()), &path, Some("tmpfs"), flags, Some(tmpfs.options.join(",").as_str()))
+            .map_err(|errno| path_error("mount a memory filesystem on", &path)(errno.into()))?;
+        self.made.mounts.push(path);
+        Ok(())
+    }
+
+    /// Where a memory filesystem of the container's is made.
+    pub fn tmpfs(&self, index: usize) -> PathBuf {
+        tmpfs_path(&self.made.run, index)
     }
 
     /// Keeps a namespace under the name the container's configuration gives it.
@@ -260,14 +284,19 @@ impl Staging {
 
     /// The page store.
     pub fn pages(&self) -> PathBuf {
-        self.made.run.join("pages")
+        pages_path(&self.made)
+    }
+
+    /// The host's ends of the container's interfaces.
+    pub fn ports(&self) -> &[Port] {
+        self.network.as_ref().map(|network| network.ports.as_slice()).unwrap_or_default()
     }
 
     /// Takes everything away.
     pub fn undo(mut self) {
-        if let Some(network) = self.network.take() {
-            remove_ports(&network);
-        }
+        // By name: a namespace that ends takes its interfaces along only some time later.
+        self.ports().iter().for_each(Port::remove_if_there);
+        self.network = None;
         undo(&self.made);
     }
 
@@ -276,6 +305,8 @@ impl Staging {
         if matches!(container.rootfs, Rootfs::Plain { .. }) {
             unmount(&self.root_bind());
         }
+        // They live on in the container.
+        (0..container.tmpfs.len()).for_each(|index| unmount(&self.tmpfs(index)));
         Moved::clear(Path::new(&container.bundle));
         // The namespace lives on in the container's tasks.
         if let Some(network) = self.network.take()
@@ -293,13 +324,9 @@ fn lower_digest(container: &Description, index: usize) -> String {
     }
 }
 
-/// Removed by name: a namespace that ends takes its interfaces along only some time later.
-fn remove_ports(network: &BuiltNamespace) {
-    for port in &network.ports {
-        if let Err(error) = port.remove() {
-            tracing::debug!(port = port.name, %error, "an interface was gone already");
-        }
-    }
+/// Where the page store of an arrival is.
+pub fn pages_path(made: &Made) -> PathBuf {
+    made.run.join("pages")
 }
 
 /// Takes away what a record says was made. What is not there is fine.
@@ -317,6 +344,7 @@ pub fn undo(made: &Made) {
 /// Clears what the way of a container that stays needed, after its agent was killed.
 pub fn settle_run(made: &Made) {
     unmount(&made.run.join("root"));
+    made.mounts.iter().filter(|path| path.starts_with(&made.run)).for_each(|path| unmount(path));
     remove_run(&made.run);
     if let Some(bundle) = made.paths.first() {
         Moved::clear(bundle);
@@ -328,14 +356,26 @@ pub fn clear_run(made: &Made) {
     remove_run(&made.run);
 }
 
-/// Removes the memory directory, but never through a bind mount that would not go: behind it is a root filesystem.
+/// Removes the memory directory, but never through a mount that would not go: behind it is what the container has.
 fn remove_run(run: &Path) {
-    let bind = run.join("root");
-    if bind.exists() && fs::remove_dir(&bind).is_err() {
-        tracing::warn!(path = %bind.display(), "still mounted; left in place");
-        return;
+    let entries = fs::read_dir(run).into_iter().flatten().flatten().map(|entry| entry.path());
+    let is_mount_point = |path: &PathBuf| {
+        path.file_name().is_some_and(|name| name == "root" || name.to_string_lossy().starts_with(TMPFS))
+    };
+    for path in entries.filter(is_mount_point) {
+        if let Err(error) = fs::remove_dir(&path) {
+            tracing::warn!(path = %path.display(), %error, "still mounted; left in place");
+            return;
+        }
     }
     remove_path(run);
+}
+
+/// What the mount points of memory filesystems are called, before their number.
+const TMPFS: &str = "tmpfs-";
+
+fn tmpfs_path(run: &Path, index: usize) -> PathBuf {
+    run.join(format!("{TMPFS}{index}"))
 }
 
 fn unmount(path: &Path) {

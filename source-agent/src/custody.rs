@@ -12,6 +12,7 @@ use longhaul_common::journal::JournalError;
 use longhaul_common::tls::{Identity, PeerAddress};
 use tokio::sync::watch;
 
+use crate::memory::serve::{Served, Serving};
 use crate::peer::{Peer, PeerError};
 
 /// How often a destination that owes an answer is asked.
@@ -108,6 +109,11 @@ impl<H: Hands> Custody<H> {
         Ok(said)
     }
 
+    /// Whether the destination has answered, or an operator has decided.
+    fn is_answered(&self) -> bool {
+        self.is_settled() || self.machine.state() == State::Taken
+    }
+
     /// Asks, until the destination has answered or an operator has decided. `doubt` is called once the answer is late; `kept` once
     /// an operator's decision has been carried out here, which is then told to the destination for as long as it takes.
     pub async fn settle(
@@ -130,7 +136,7 @@ impl<H: Hands> Custody<H> {
                     Err(error) => doubt(longhaul_common::chain(&error)),
                 }
             }
-            if self.is_settled() {
+            if self.is_answered() {
                 return;
             }
             let Ok(Some(request)) = self.on(Event::Silence, "").await else { return };
@@ -139,7 +145,7 @@ impl<H: Hands> Custody<H> {
                     if let Err(error) = self.on(Event::Heard(answer), "the destination undid it").await {
                         tracing::error!(%error, "can't write down what the destination answered");
                     }
-                    if self.is_settled() {
+                    if self.is_answered() {
                         return;
                     }
                     format!("the destination answered {answer:?}")
@@ -158,6 +164,55 @@ impl<H: Hands> Custody<H> {
         }
     }
 }
+
+impl<H: Hands> Custody<H> {
+    /// Serves what is owed until the destination has all of it, or an operator has decided. `tell` is called as it gets on, and with the reason
+    /// while there is no connection.
+    pub async fn serve(
+        &mut self,
+        mut serving: Serving,
+        decisions: &mut watch::Receiver<Option<Decision>>,
+        mut tell: impl FnMut(&Served),
+    ) -> Option<Decision> {
+        let event = loop {
+            let served = serving.served.borrow_and_update().clone();
+            tell(&served);
+            let decision = *decisions.borrow_and_update();
+            match decision {
+                _ if served.complete => break Event::Complete,
+                Some(Decision::Keep) => break Event::Keep,
+                Some(Decision::Disown) => break Event::Disown,
+                None => {
+                    let changed = async { tokio::join!(serving.served.changed(), tokio::time::sleep(TOLD_EVERY)) };
+                    tokio::select! {
+                        _ = changed => {}
+                        _ = decisions.changed() => {}
+                    }
+                }
+            }
+        };
+        // Nobody is to be given pages of a container that runs here again.
+        drop(serving);
+        loop {
+            match self.on(event, "an operator kept it here").await {
+                Ok(_) => {
+                    return match event {
+                        Event::Keep => Some(Decision::Keep),
+                        Event::Disown => Some(Decision::Disown),
+                        _ => None,
+                    };
+                }
+                Err(error) => {
+                    tracing::error!(%error, "can't write down what became of a migration");
+                    tokio::time::sleep(ASK_AGAIN).await;
+                }
+            }
+        }
+    }
+}
+
+/// How often it is told how far pages that are owed have come.
+const TOLD_EVERY: Duration = Duration::from_millis(100);
 
 /// To a destination that may not be there.
 pub struct Line {

@@ -9,6 +9,7 @@ use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::custody::Decision;
+use crate::options::Tuning;
 use crate::report::{Outcome, Report};
 
 /// Ended migrations whose reports are kept for `migrate status`.
@@ -40,13 +41,16 @@ pub enum JobEvent {
 #[derive(Debug)]
 pub struct Job {
     report: Mutex<Report>,
-    events: broadcast::Sender<JobEvent>,
+    /// Nothing once it has ended: its report stays for long, room for hundreds of events must not.
+    events: Mutex<Option<broadcast::Sender<JobEvent>>>,
     started: Instant,
     /// Asks it to end before the commit.
     pub cancel: CancellationToken,
     held: Mutex<Option<PathBuf>>,
     /// What an operator decided while it was in doubt.
     pub decision: watch::Sender<Option<Decision>>,
+    /// What was changed of it since it began.
+    pub tuning: watch::Sender<Tuning>,
 }
 
 impl Job {
@@ -55,23 +59,30 @@ impl Job {
         let (events, _) = broadcast::channel(EVENTS);
         Arc::new(Self {
             report: Mutex::new(report),
-            events,
+            events: Mutex::new(Some(events)),
             started: Instant::now(),
             cancel: CancellationToken::new(),
             held: Mutex::new(None),
             decision: watch::Sender::new(None),
+            tuning: watch::Sender::new(Tuning::default()),
         })
     }
 
     /// Its events from now on.
     pub fn follow(&self) -> broadcast::Receiver<JobEvent> {
-        self.events.subscribe()
+        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        events.as_ref().map_or_else(|| broadcast::channel(1).1, broadcast::Sender::subscribe)
     }
 
     /// Tells followers.
     pub fn tell(&self, event: JobEvent) {
+        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let ends = matches!(&event, JobEvent::Finished(report) if !matches!(report.outcome, Outcome::Running | Outcome::InDoubt));
         // Nobody may be listening.
-        let _ = self.events.send(event);
+        let _ = events.as_ref().map(|events| events.send(event));
+        if ends {
+            *events = None;
+        }
     }
 
     /// What is known of it now.

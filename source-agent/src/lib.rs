@@ -9,6 +9,7 @@
 pub mod checkpoint;
 pub mod cli;
 pub mod custody;
+pub mod file_watch;
 pub mod images;
 pub mod inspect;
 pub mod jobs;
@@ -16,6 +17,7 @@ pub mod memory;
 pub mod migration;
 pub mod options;
 pub mod peer;
+mod programs;
 pub mod push;
 pub mod record;
 pub mod report;

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use longhaul_common::cgroup::CgroupError;
 use longhaul_common::config::SourceConfig;
 use longhaul_common::criu::keep_logs;
+use longhaul_common::fault;
 use longhaul_common::handover::source::{Event, State};
 use longhaul_common::handover::{Epoch, SourcePhase};
 use longhaul_common::host::{Capabilities, compare};
@@ -66,6 +67,10 @@ pub struct Env {
     pub digests: LayerDigests,
     /// The journal.
     pub journal: Journal,
+    /// What was taken from containers of their processor time.
+    pub throttled: Journal,
+    /// Containers that are frozen for a moment in each round.
+    pub paused: Journal,
     /// What a downtime takes besides memory, as learnt from the moves so far.
     pub fixed_downtime: Calibration,
 }
@@ -147,6 +152,15 @@ pub enum MigrationError {
         /// Rounds that were tried.
         rounds: usize,
     },
+    /// It would be away for long with nothing left to copy.
+    #[error(
+        "the container would be down for {rest_ms:.0} ms with nothing left to copy: freezing, saving and restoring it took so long \
+         in the moves before; raise --max-downtime, or move it with --timeout-action freeze; it runs here, untouched"
+    )]
+    TooLong {
+        /// That.
+        rest_ms: f64,
+    },
     /// Memory can't be copied beforehand, and a downtime was asked for.
     #[error("memory can't be copied while the container runs, so --max-downtime can't be kept: {0}")]
     NoPrecopy(String),
@@ -224,13 +238,17 @@ impl Trip {
         let synced = self.phase("rootfs-presync", prepared.presync(self)).await?;
         let copied = self.phase("pre-copy", synced.precopy(self)).await?;
         let armed = self.phase("arm", copied.arm(self)).await?;
-        // A freeze is not interrupted half-way: a cancellation waits the few milliseconds for it.
+        // A freeze is not interrupted half-way: a cancellation waits for it, or for the next of several attempts.
         let frozen = self.last_phase("freeze", armed.freeze(self)).await?;
         let session = frozen.session();
         let saved = self.phase("final-state", self.while_heard(&session, frozen.save(self))).await?;
         let restored = self.phase("restore", self.while_heard(&session, saved.restore(self))).await?;
         // ---- the point of no return: from here the container is not this host's to thaw ----
         let committed = self.last_phase("commit", restored.commit(self)).await?;
+        let committed = match committed.owes() {
+            true => self.last_phase("post-copy", committed.serve(self)).await?,
+            false => committed,
+        };
         self.last_phase("after", committed.retire(self)).await?;
         Ok(Outcome::Moved)
     }
@@ -255,8 +273,7 @@ impl Trip {
         name: &'static str,
         work: impl Future<Output = Result<T, MigrationError>>,
     ) -> Result<T, MigrationError> {
-        // Where the user wants a freeze at the timeout, pre-copy ends by itself, and nothing after it is cut short.
-        let limit = self.options.timeout.filter(|_| self.options.timeout_action == TimeoutAction::Abort);
+        let limit = self.abort_limit();
         let late = async {
             match limit {
                 Some(limit) => tokio::time::sleep(limit.saturating_sub(self.job.elapsed())).await,
@@ -282,6 +299,7 @@ impl Trip {
     ) -> Result<T, MigrationError> {
         self.job.note(|report| name.clone_into(&mut report.phase));
         self.job.tell(JobEvent::Phase(name));
+        fault::point(&format!("source:phase:{name}"));
         let start = Instant::now();
         let done = work.instrument(tracing::info_span!("phase", name)).await;
         let took = start.elapsed();
@@ -290,6 +308,23 @@ impl Trip {
             report.phases.insert(name.to_owned(), millis(took));
         });
         done
+    }
+
+    /// Whether the user wants the move to go on: in a phase that is not cut short, and can take long.
+    fn still_wanted(&self) -> Result<(), MigrationError> {
+        if self.job.cancel.is_cancelled() {
+            return Err(MigrationError::Cancelled);
+        }
+        match self.abort_limit() {
+            Some(limit) if self.job.elapsed() > limit => Err(MigrationError::TimedOut(limit)),
+            _ => Ok(()),
+        }
+    }
+
+    /// After what time the move ends with the container untouched. Where the user wants a freeze then, pre-copy ends by itself,
+    /// and nothing after it is cut short.
+    fn abort_limit(&self) -> Option<Duration> {
+        self.options.timeout.filter(|_| self.options.timeout_action == TimeoutAction::Abort)
     }
 
     fn progress(&self, phase: &'static str, what: String, done: u64, total: u64) {
@@ -379,7 +414,7 @@ impl Trip {
     }
 
     /// The container is about to be held: what a killed agent has to know is written down first.
-    async fn hold(&self, inspection: &Inspection) -> Result<(), JournalError> {
+    async fn hold(&self, inspection: &Inspection, owes: bool) -> Result<(), JournalError> {
         let live = &inspection.live;
         let record = Record {
             container: self.container.clone(),
@@ -388,8 +423,10 @@ impl Trip {
             epoch: self.epoch,
             phase: SourcePhase::Held,
             dir: self.dir.clone(),
-            ports: live.ports.iter().map(|port| (port.name.clone(), port.index, port.bridge.clone())).collect(),
+            ports: live.ports.clone(),
             description: inspection.description.clone(),
+            init: live.init,
+            owes,
         };
         let mut custody = self.custody.lock().await;
         self.job.hold(record.cgroup.clone());

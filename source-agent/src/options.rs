@@ -27,6 +27,70 @@ pub struct Options {
     pub max_rounds: Option<u32>,
     /// Fill in all memory before the container runs on the destination.
     pub eager: bool,
+    /// Whether the container may run there before all of its memory has come.
+    pub postcopy: PostCopy,
+    /// Take processor time from it, if it writes faster than can be copied.
+    pub auto_converge: bool,
+}
+
+/// What is changed of a migration under way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tuning {
+    /// The downtime wanted.
+    pub max_downtime: Option<Duration>,
+    /// Bytes a second that memory may take while the container runs; [`NO_LIMIT`](Self::NO_LIMIT) for as many as the link carries.
+    pub bandwidth: Option<u64>,
+    /// Whether processor time may be taken from it.
+    pub auto_converge: Option<bool>,
+}
+
+impl Tuning {
+    /// As a bandwidth: none.
+    pub const NO_LIMIT: u64 = u64::MAX;
+
+    /// Both, where the later counts.
+    pub fn then(self, later: Self) -> Self {
+        Self {
+            max_downtime: later.max_downtime.or(self.max_downtime),
+            bandwidth: later.bandwidth.or(self.bandwidth),
+            auto_converge: later.auto_converge.or(self.auto_converge),
+        }
+    }
+}
+
+impl From<agent::TuneRequest> for Tuning {
+    fn from(wire: agent::TuneRequest) -> Self {
+        Self {
+            max_downtime: (wire.max_downtime_ms > 0).then(|| Duration::from_millis(wire.max_downtime_ms)),
+            bandwidth: (wire.bandwidth > 0).then_some(wire.bandwidth),
+            auto_converge: wire.auto_converge,
+        }
+    }
+}
+
+impl Tuning {
+    /// As it travels.
+    pub fn request(self, which: String) -> agent::TuneRequest {
+        agent::TuneRequest {
+            which,
+            max_downtime_ms: self.max_downtime.map_or(0, whole_millis),
+            bandwidth: self.bandwidth.unwrap_or(0),
+            auto_converge: self.auto_converge,
+        }
+    }
+}
+
+/// Whether a container may run on the destination before all of its memory has come. Until then each host has a part of it:
+/// if either is lost, so is the container.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PostCopy {
+    /// No.
+    #[default]
+    Never,
+    /// If it writes faster than can be copied: then it fetches what could not be.
+    Auto,
+    /// It fetches all of its own memory, and nothing is copied beforehand but what tasks share.
+    Now,
 }
 
 /// What happens when a move takes too long.
@@ -102,6 +166,7 @@ impl From<agent::Options> for Options {
             },
             mount: rule.mount,
         };
+        let postcopy = wire.postcopy();
         Self {
             volumes: wire.volumes.into_iter().map(rule).collect(),
             dry_run: wire.dry_run,
@@ -113,6 +178,14 @@ impl From<agent::Options> for Options {
             max_downtime: (wire.max_downtime_ms > 0).then(|| Duration::from_millis(wire.max_downtime_ms)),
             max_rounds: (wire.max_rounds > 0).then_some(wire.max_rounds),
             eager: wire.eager,
+            auto_converge: wire.auto_converge,
+            postcopy: match postcopy {
+                // Nothing can be owed of what must be in place before.
+                _ if wire.eager => PostCopy::Never,
+                agent::PostCopy::Unspecified => PostCopy::Never,
+                agent::PostCopy::Auto => PostCopy::Auto,
+                agent::PostCopy::Now => PostCopy::Now,
+            },
         }
     }
 }
@@ -139,6 +212,13 @@ impl From<Options> for agent::Options {
             max_downtime_ms: options.max_downtime.map_or(0, whole_millis),
             max_rounds: options.max_rounds.unwrap_or(0),
             eager: options.eager,
+            auto_converge: options.auto_converge,
+            postcopy: match options.postcopy {
+                PostCopy::Never => agent::PostCopy::Unspecified,
+                PostCopy::Auto => agent::PostCopy::Auto,
+                PostCopy::Now => agent::PostCopy::Now,
+            }
+            .into(),
         }
     }
 }

@@ -176,11 +176,9 @@ impl Peer {
 
     /// Asks what became of a migration, or tells what an operator decided about it.
     pub async fn decide(&self, migration: &str, request: handover::Request) -> Result<handover::Answer, PeerError> {
-        let (epoch, supersede) = match request {
-            // An offer goes over the session; over anything else it is a question.
-            handover::Request::Commit(epoch) | handover::Request::Ask(epoch) => (epoch, false),
-            handover::Request::Supersede(epoch) => (epoch, true),
-        };
+        let epoch = request.epoch();
+        // An offer goes over the session; over anything else it is a question.
+        let supersede = matches!(request, handover::Request::Supersede(_));
         let mut control = self.control.clone();
         let request = peer::OutcomeRequest { migration_id: migration.to_owned(), epoch, supersede };
         let reply = control.outcome(request).await.map_err(|status| self.status(&status))?;
@@ -276,10 +274,10 @@ impl Session {
     }
 
     /// Has the container restored, stopped.
-    pub async fn restore(&self, images: Sent, pages: Pages) -> Result<(Timings, u64), PeerError> {
+    pub async fn restore(&self, images: Sent, pages: Pages, shared: Vec<u64>) -> Result<(Timings, u64), PeerError> {
         let Sent { files, bytes } = images;
         let pages = pages != Pages::None;
-        self.send(Request::Restore(peer::Restore { image_files: files, image_bytes: bytes, pages })).await?;
+        self.send(Request::Restore(peer::Restore { image_files: files, image_bytes: bytes, pages, shared })).await?;
         match self.reply().await? {
             Reply::Restored(restored) => Ok((timings(restored.timings), restored.stored_pages)),
             other => Err(self.out_of_turn(&other, "restored")),

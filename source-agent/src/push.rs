@@ -11,6 +11,9 @@ use longhaul_proto::peer::{TreeEnd, TreeMessage, TreeStart};
 use thiserror::Error;
 use tokio::sync::mpsc;
 
+use crate::file_watch::FileWatch;
+use crate::inspect::path_on_host;
+use crate::memory::maps::{Areas, Device};
 use crate::peer::{Peer, PeerError};
 
 /// Messages between the scanning thread and the network, each at most a data item of 256 KiB.
@@ -62,11 +65,18 @@ struct PushedTree {
     scanner: Arc<Mutex<Scanner>>,
     /// Nothing else below the root is looked at.
     only: Option<PathBuf>,
+    /// It is a memory filesystem: a file's times do not tell when a task writes through a mapping.
+    in_memory: bool,
 }
 
 impl Trees {
-    /// The trees a destination needs: all but the layers it has.
-    pub fn new(container: &Description, missing_layers: &[String]) -> Result<Self, TreeError> {
+    /// The trees a destination needs: all but the layers it has. Those that change are watched.
+    pub fn new(
+        container: &Description,
+        init: i32,
+        missing_layers: &[String],
+        watch: Option<&Arc<FileWatch>>,
+    ) -> Result<Self, TreeError> {
         use longhaul_common::description::Rootfs;
         let mut trees = Vec::new();
         for (number, tree) in container.trees().into_iter().enumerate() {
@@ -83,6 +93,7 @@ impl Trees {
                     }
                     (path, TreeKind::Upper, true, None)
                 }
+                TreeRole::Tmpfs(_) => (path_on_host(init, &tree.path), TreeKind::Plain, false, None),
                 TreeRole::File => {
                     let root = path.parent().unwrap_or(Path::new("/")).to_owned();
                     let only = path.file_name().map(PathBuf::from);
@@ -93,8 +104,19 @@ impl Trees {
                 continue;
             }
             let excludes = only.as_ref().map(|only| siblings(&root, only)).unwrap_or_default();
-            let scanner = Scanner::new(&root, kind, excludes)?;
-            trees.push(PushedTree { number, path: root, once, scanner: Arc::new(Mutex::new(scanner)), only });
+            let mut scanner = Scanner::new(&root, kind, excludes)?;
+            if let Some(watch) = watch.filter(|_| !once) {
+                scanner.watched_by(watch.clone());
+            }
+            let in_memory = matches!(tree.role, TreeRole::Tmpfs(_));
+            trees.push(PushedTree {
+                number,
+                path: root,
+                once,
+                scanner: Arc::new(Mutex::new(scanner)),
+                only,
+                in_memory,
+            });
         }
         Ok(Self { trees, passes: 0 })
     }
@@ -102,6 +124,20 @@ impl Trees {
     /// How many passes were made.
     pub fn passes(&self) -> u32 {
         self.passes
+    }
+
+    /// Has the next pass look into files of memory filesystems that these tasks map shared.
+    pub fn recheck_mapped(&self, tasks: &[i32]) -> std::io::Result<()> {
+        for tree in self.trees.iter().filter(|tree| tree.in_memory) {
+            let device = Device::of(&tree.path)?;
+            let mut scanner = tree.scanner.lock().unwrap_or_else(PoisonError::into_inner);
+            for pid in tasks {
+                // One that has ended has nothing mapped.
+                let areas = Areas::of(*pid, &device).unwrap_or_default();
+                areas.shared.iter().for_each(|area| scanner.recheck_inode(area.inode));
+            }
+        }
+        Ok(())
     }
 
     /// One pass over every tree.

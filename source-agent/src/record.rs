@@ -33,9 +33,15 @@ pub struct Record {
     /// The memory directory of images and sockets.
     pub dir: PathBuf,
     /// The host's ends of its interfaces: name, index, bridge.
-    pub ports: Vec<(String, u32, String)>,
+    pub ports: Vec<Port>,
     /// The container, for what is done after a commit.
     pub description: Description,
+    /// Its first task.
+    #[serde(default)]
+    pub init: i32,
+    /// What it wrote last stays in its frozen tasks until the destination has fetched it.
+    #[serde(default)]
+    pub owes: bool,
 }
 
 /// What a restarted agent does with a migration of its earlier life.
@@ -147,6 +153,11 @@ async fn end(record: &Record) {
         kill_frozen(&freezer);
     }
     end_checkpoint(record).await;
+    // The directory is in memory: without it this is another boot, where others may have these names.
+    if record.dir.exists() {
+        // A namespace ends with its last socket: one that waits for its peer to acknowledge its end may take minutes.
+        record.ports.iter().for_each(Port::remove_if_there);
+    }
 }
 
 /// Ends all tasks of a frozen cgroup: killed while frozen, so that none runs another instruction, and gone once thawed.
@@ -163,8 +174,7 @@ pub fn kill_frozen(freezer: &Freezer) {
 async fn let_go(record: &Record) {
     // First: CRIU leaves the cgroup as frozen as it found it.
     end_checkpoint(record).await;
-    for (name, index, bridge) in &record.ports {
-        let port = Port { name: name.clone(), index: *index, bridge: bridge.clone() };
+    for port in &record.ports {
         if let Err(error) = port.join() {
             tracing::error!(%error, "can't put the container back on its bridge");
         }

@@ -7,6 +7,7 @@ use longhaul_common::obstacle::Obstacle;
 use serde::{Deserialize, Serialize};
 
 use crate::memory::precopy::Round;
+use crate::memory::throttle::ThrottleReport;
 
 /// How a migration ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,6 +67,9 @@ pub struct Report {
     pub memory: MemoryReport,
     /// Passes over the root filesystem and the volumes, the last included.
     pub rootfs_passes: u32,
+    /// Freezes that were tried; those before the last were given up, because a task could not be stopped.
+    #[serde(default)]
+    pub freezes: u32,
     /// Each phase's duration, in milliseconds.
     pub phases: BTreeMap<String, f64>,
     /// The steps within the downtime, in milliseconds; those of the destination begin with `destination.`.
@@ -85,6 +89,9 @@ pub struct Doubt {
     pub to: String,
     /// `in-doubt`, or what an operator's decision made of it: `kept`, `disowned`.
     pub outcome: Outcome,
+    /// The phase it is in: `post-copy` if the destination has taken the container and lacks a part of its memory.
+    #[serde(default)]
+    pub phase: String,
     /// When the migration began, in milliseconds since 1970.
     pub started_unix_ms: u64,
     /// Tasks of the container that are frozen here.
@@ -97,8 +104,8 @@ pub struct Doubt {
 impl Doubt {
     /// From a migration's report.
     pub fn of(report: Report, tasks_here: usize) -> Self {
-        let Report { migration, container, to, outcome, started_unix_ms, error, .. } = report;
-        Self { migration, container, to, outcome, started_unix_ms, tasks_here, error }
+        let Report { migration, container, to, outcome, phase, started_unix_ms, error, .. } = report;
+        Self { migration, container, to, outcome, phase, started_unix_ms, tasks_here, error }
     }
 }
 
@@ -123,8 +130,34 @@ pub struct MemoryReport {
     pub predicted_downtime_ms: Option<f64>,
     /// The longest that a thread was stopped so that its memory could be tracked, in milliseconds.
     pub longest_stop_ms: f64,
+    /// What told CRIU the flags of areas: `iterator`, in the kernel; `smaps`, which takes 15 ms for each GiB of the container.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub flags_from: Option<String>,
     /// Pages in the destination's store when the container was restored.
     pub stored_pages: u64,
+    /// What was taken from the container of its processor time while memory was copied.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub throttled: Option<ThrottleReport>,
+    /// What came after the container ran there.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub postcopy: Option<PostCopyReport>,
+}
+
+/// What came of the container's memory after it ran on the destination.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct PostCopyReport {
+    /// Pages that had not come when it was restored.
+    pub owed_pages: u64,
+    /// Pages that were sent since.
+    pub sent_pages: u64,
+    /// Of those, asked for because a task waited for them, or for one before them.
+    pub urgent_pages: u64,
+    /// Bytes on the wire.
+    pub wire_bytes: u64,
+    /// From the commit until all had come, in milliseconds.
+    pub ms: f64,
+    /// Connections that broke on the way.
+    pub breaks: u32,
 }
 
 impl MemoryReport {
@@ -153,6 +186,7 @@ impl Report {
             bytes_on_wire: 0,
             memory: MemoryReport::default(),
             rootfs_passes: 0,
+            freezes: 0,
             phases: BTreeMap::new(),
             downtime_steps: BTreeMap::new(),
             versions: BTreeMap::new(),

@@ -20,7 +20,7 @@ use crate::custody::{Custody, Decision, Line};
 use crate::inspect::inspect;
 use crate::jobs::{Job, JobEvent, Jobs};
 use crate::migration::{self, Env, FIRST_EPOCH, MigrationError};
-use crate::options::Options;
+use crate::options::{Options, Tuning};
 use crate::peer::Peer;
 use crate::record::{Recovered, tasks_in};
 use crate::report::{Doubt, Findings, Outcome, Report};
@@ -225,6 +225,21 @@ impl Agent for AgentService {
         Ok(Response::new(agent::RecoverReply { doubt }))
     }
 
+    async fn tune(&self, request: Request<agent::TuneRequest>) -> Result<Response<agent::TuneReply>, Status> {
+        let request = request.into_inner();
+        let job = self.jobs.running(&request.which).map_err(|error| Status::not_found(error.to_string()))?;
+        let report = job.report();
+        if !TUNABLE.contains(&report.phase.as_str()) {
+            let (container, phase) = (report.container, report.phase);
+            return Err(Status::failed_precondition(format!(
+                "{container} is in phase {phase}: only while its memory is copied can a move be changed"
+            )));
+        }
+        let tuning = Tuning::from(request);
+        job.tuning.send_modify(|before| *before = before.then(tuning));
+        Ok(Response::new(agent::TuneReply { migration_id: report.migration }))
+    }
+
     async fn cancel(&self, request: Request<agent::CancelRequest>) -> Result<Response<agent::CancelReply>, Status> {
         let job =
             self.jobs.running(&request.into_inner().which).map_err(|error| Status::not_found(error.to_string()))?;
@@ -232,6 +247,9 @@ impl Agent for AgentService {
         Ok(Response::new(agent::CancelReply { migration_id: job.report().migration }))
     }
 }
+
+/// Phases in which what is changed still counts.
+const TUNABLE: [&str; 6] = ["", "negotiate", "preflight", "prepare", "rootfs-presync", "pre-copy"];
 
 /// Tasks of the container that are held here.
 fn held_tasks(job: &Job) -> usize {

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use longhaul_common::fault;
+
 use crate::lab::{Host, Lab};
 
 /// Where each program goes in a host.
@@ -21,6 +23,9 @@ const PROGRAMS: [(&str, &str); 7] = [
 ];
 /// How long an agent may take to say that it is ready.
 const READY_DEADLINE: Duration = Duration::from_secs(20);
+
+/// How long a move may take to a point where a fault was asked for.
+const REACH_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Builds everything that runs in hosts, with the profile of the lab itself.
 pub fn build() -> Result<()> {
@@ -68,9 +73,14 @@ pub fn install(lab: &Lab) -> Result<()> {
 }
 
 fn install_programs(host: &Host) -> Result<()> {
+    stage_programs(&host.path("/"))
+}
+
+/// Copies the programs to where they go below a root.
+pub(crate) fn stage_programs(root: &Path) -> Result<()> {
     let built = built()?;
     for (program, dir) in PROGRAMS {
-        let dir = host.path(&format!("/{dir}"));
+        let dir = root.join(dir);
         fs::create_dir_all(&dir)?;
         fs::copy(built.join(program), dir.join(program)).with_context(|| format!("install {program}"))?;
     }
@@ -117,12 +127,15 @@ impl Agent {
     pub fn log(self) -> String {
         format!("/var/log/{}.log", self.program())
     }
-}
 
-impl Agent {
     /// The file in the host that asks for a fault (`longhaul_common::fault`).
-    pub fn fault_file(self) -> String {
+    fn fault_file(self) -> String {
         format!("/tmp/{}.fault", self.program())
+    }
+
+    /// What becomes of it when the fault's point is reached.
+    pub fn reached_file(self) -> String {
+        format!("/tmp/{}.reached", self.program())
     }
 }
 
@@ -131,12 +144,47 @@ pub fn ask_fault(host: &Host, agent: Agent, point: &str, action: &str) -> Result
     Ok(fs::write(host.path(&agent.fault_file()), format!("{point} {action}\n"))?)
 }
 
+/// Waits until an agent has reached the point of its fault.
+pub fn wait_reached(host: &Host, agent: Agent) -> Result<()> {
+    let reached = host.path(&agent.reached_file());
+    let deadline = Instant::now() + REACH_DEADLINE;
+    while !reached.exists() {
+        if Instant::now() > deadline {
+            bail!("{} of {} did not reach the point of its fault", agent.program(), host.name);
+        }
+        // Polled: `/proc/<pid>/root` tells nobody of changes.
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// Forgets a fault, whether its point was reached or not; an agent that was held there goes on.
+pub fn clear_fault(host: &Host, agent: Agent) -> Result<()> {
+    for file in [agent.fault_file(), agent.reached_file()] {
+        match fs::remove_file(host.path(&file)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Starts an agent that was killed, once it is gone: until then its address is taken.
+pub fn come_back(host: &Host, agent: Agent) -> Result<()> {
+    host.sh(&format!(
+        "for i in $(seq 2000); do pgrep -x {} >/dev/null || exit 0; sleep 0.005; done; exit 1",
+        agent.program()
+    ))?;
+    start(host, agent)?;
+    wait_ready(host)
+}
+
 /// Starts an agent; its log is appended to.
 pub fn start(host: &Host, agent: Agent) -> Result<()> {
     use std::os::unix::process::CommandExt;
     let log = fs::OpenOptions::new().create(true).append(true).open(host.path(&agent.log()))?;
     let child = host
-        .command(["env", &format!("LONGHAUL_FAULT={}", agent.fault_file()), agent.program()])
+        .command(["env", &format!("{}={}", fault::VARIABLE, agent.fault_file()), agent.program()])
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)

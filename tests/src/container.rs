@@ -7,6 +7,12 @@ use serde_json::{Value, json};
 
 use crate::lab::Host;
 
+/// A redis that can be filled (DEBUG POPULATE) and asked what it holds (DEBUG DIGEST).
+pub const REDIS: [&str; 9] =
+    ["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--enable-debug-command", "yes"];
+
+/// Where the output of containers goes.
+pub const CONTAINER_LOGS: &str = "/var/log/containers";
 /// Where bundles lie in a host.
 pub const BUNDLES: &str = "/srv/containers";
 
@@ -36,6 +42,14 @@ pub struct ContainerSpec {
     pub edit: Option<fn(&mut Value)>,
 }
 
+/// The sum of PSS of a container's tasks, in KiB.
+pub fn pss(host: &Host, name: &str) -> Result<f64> {
+    let text = host.sh(&format!(
+        "for pid in $(runc ps --format json {name} | tr -d '[]' | tr ',' ' '); do cat /proc/$pid/smaps_rollup; done | awk '/^Pss:/ {{sum += $2}} END {{print sum}}'"
+    ))?;
+    text.trim().parse().context("read PSS")
+}
+
 impl ContainerSpec {
     /// A container on an overlay with an address of its own.
     pub fn new(name: &str, address: Ipv4Addr, command: &[&str]) -> Self {
@@ -56,14 +70,14 @@ impl ContainerSpec {
 
     /// The file its output goes to.
     pub fn log(&self) -> String {
-        format!("/var/log/containers/{}.log", self.name)
+        format!("{CONTAINER_LOGS}/{}.log", self.name)
     }
 
     /// Starts it on a host.
     pub fn start(&self, host: &Host) -> Result<()> {
         let bundle = self.bundle();
         let name = &self.name;
-        host.sh(&format!("mkdir -p {bundle}/rootfs {bundle}/upper {bundle}/work /var/log/containers"))?;
+        host.sh(&format!("mkdir -p {bundle}/rootfs {bundle}/upper {bundle}/work {CONTAINER_LOGS}"))?;
         match self.rootfs {
             Rootfs::Overlay => host.sh(&format!(
                 "mount -t overlay overlay -o lowerdir=/srv/image,upperdir={bundle}/upper,workdir={bundle}/work {bundle}/rootfs"

@@ -10,6 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use crate::agents;
+use crate::container::CONTAINER_LOGS;
 use crate::lab::{Host, Lab};
 
 /// One scenario: a sentence for a name, and what is done on three hosts.
@@ -88,16 +89,21 @@ fn indent(text: &str) -> String {
     text.lines().map(|line| format!("        {line}\n")).collect()
 }
 
-/// The last lines of the agents' logs.
+/// The last lines of the agents' and the containers' logs.
 pub(crate) fn logs(lab: &Lab) -> String {
     let mut text = String::new();
     for host in &lab.hosts {
-        for agent in [agents::Agent::Source, agents::Agent::Dest] {
-            let log = std::fs::read_to_string(host.path(&agent.log())).unwrap_or_default();
+        let mut files = [agents::Agent::Source, agents::Agent::Dest].map(|agent| host.path(&agent.log())).to_vec();
+        let of_containers = std::fs::read_dir(host.path(CONTAINER_LOGS)).into_iter().flatten().flatten();
+        files.extend(of_containers.map(|entry| entry.path()));
+        for file in files {
+            let log = std::fs::read(&file).unwrap_or_default();
+            let log = String::from_utf8_lossy(&log);
             let lines: Vec<&str> = log.lines().filter(|line| !line.contains("\"INFO\"")).collect();
             let last = lines[lines.len().saturating_sub(6)..].join("\n");
             if !last.is_empty() {
-                text.push_str(&format!("--- {} {}\n{last}\n", host.name, agent.program()));
+                let name = file.file_stem().unwrap_or_default().to_string_lossy();
+                text.push_str(&format!("--- {} {name}\n{last}\n", host.name));
             }
         }
     }
@@ -107,7 +113,16 @@ pub(crate) fn logs(lab: &Lab) -> String {
 /// Ends the containers that a scenario started, as an operator would.
 pub(crate) fn tidy(host: &Host) -> Result<()> {
     host.sh(
-        "for id in $(runc list -q); do runc delete --force $id; done; \
+        // runc waits for a container's first task and 150 ms more: a cgroup whose last thread takes longer to end stays
+        // (`RemovePaths` in libcontainer/cgroups/utils.go, 1.1).
+        "for id in $(runc list -q); do \
+             runc delete --force $id; \
+             for try in $(seq 100); do \
+                 left=$(find /sys/fs/cgroup -mindepth 2 -maxdepth 2 -type d -name $id); \
+                 [ -z \"$left\" ] && break; \
+                 rmdir $left 2>/dev/null || sleep 0.05; \
+             done; \
+         done; \
          for mount in $(awk '$2 ~ /^\\/srv\\/(containers|volumes|disk)/ {print $2}' /proc/mounts); do umount -l $mount; done; \
          rm -rf /srv/containers/* /srv/volumes /srv/disk /var/log/containers /var/lib/longhaul/logs /tmp/*",
     )
@@ -117,18 +132,26 @@ pub(crate) fn tidy(host: &Host) -> Result<()> {
 /// After a scenario nothing of any move may be left.
 pub(crate) fn must_be_clean(host: &Host) -> Result<()> {
     let script = r#"
-        # A namespace's interfaces go some time after its last task.
-        for try in $(seq 100); do
+        # A namespace's interfaces go some time after its last task: one thread of the kernel's ends all namespaces of the machine, those of
+        # other labs as well, one after the other.
+        for try in $(seq 1200); do
             ip -o link show type veth | grep -v ' eth0@' >/dev/null || break
             sleep 0.05
         done
-        ip -o link show type veth | grep -v ' eth0@' | sed 's/^/interface left: /'
+        if ip -o link show type veth | grep ' eth0@' -v | sed 's/^/interface left: /' | grep .; then
+            # Who has a namespace open, or is in one.
+            for link in /proc/[0-9]*/ns/net /proc/[0-9]*/fd/*; do
+                echo "$(readlink $link) $link"
+            done | grep '^net:' | sort | sed 's/^/network namespace: /'
+        fi
         ls /run/netns 2>/dev/null | sed 's/^/network namespace left: /'
         nft list tables 2>/dev/null | sed 's/^/firewall table left: /'
         ls /run/longhaul/source /run/longhaul/dest | grep -v -e : -e '^$' | sed 's/^/working directory left: /'
         grep -c . /proc/net/nf_conntrack 2>/dev/null | grep -v '^0' | sed 's/^/conntrack entries left: /'
         awk '$2 ~ /^\/srv\/containers/ || $2 ~ /criu/ {print "mount left: " $2}' /proc/mounts
-        find /sys/fs/cgroup -mindepth 2 -type d 2>/dev/null | grep -v -e /init$ | sed 's/^/cgroup left: /'
+        for dir in $(find /sys/fs/cgroup -mindepth 2 -type d 2>/dev/null | grep -v -e /init$); do
+            echo "cgroup left: $dir" $(cat $dir/cgroup.procs)
+        done
         pgrep -a 'criu|runc|longhaul-criu|longhaul-fill' | sed 's/^/process left: /'
         ls /var/lib/longhaul/source 2>/dev/null | sed 's/^/journal left: /'
     "#;

@@ -14,6 +14,11 @@ use nix::fcntl::{Flock, FlockArg};
 /// Where images are kept between runs.
 const CACHE: &str = "/var/cache/longhaul-lab";
 
+/// Where images are kept between runs.
+pub(crate) fn cache() -> &'static Path {
+    Path::new(CACHE)
+}
+
 /// What hosts and workloads need, from Debian 13.
 const PACKAGES: &[&str] = &[
     "ca-certificates",
@@ -134,7 +139,7 @@ fn build(root: &Path) -> Result<()> {
 }
 
 /// The Debian archive this machine itself uses, or `LONGHAUL_LAB_MIRROR`.
-fn debian_mirror() -> Result<String> {
+pub(crate) fn debian_mirror() -> Result<String> {
     if let Ok(mirror) = std::env::var("LONGHAUL_LAB_MIRROR") {
         return Ok(mirror);
     }

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -53,7 +53,14 @@ pub struct Lab {
     #[serde(skip)]
     kept: bool,
     #[serde(skip)]
-    lifeline: Option<OwnedFd>,
+    lifeline: Option<Lifeline>,
+}
+
+/// A pipe that nobody writes to. Hosts read it, and end when its other end, which this process alone has, is gone.
+#[derive(Debug)]
+struct Lifeline {
+    read: OwnedFd,
+    _write: OwnedFd,
 }
 
 impl Lab {
@@ -79,68 +86,65 @@ impl Lab {
         let image = Image::ensure()?;
         fs::create_dir_all(STATE_DIR)?;
         let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("make the lifeline")?;
+        let lifeline = owned.then_some(Lifeline { read, _write: write });
         let mut lab = Self {
             name: name.to_owned(),
             hosts: Vec::new(),
             owner: owned.then(|| std::process::id().cast_signed()),
             switch: 0,
             kept: false,
-            lifeline: owned.then_some(write),
+            lifeline,
         };
-        let lifeline = owned.then_some(&read);
         let switch_spec = HostSpec {
             name: "switch".to_owned(),
             image: None,
             disk: PathBuf::new(),
             hierarchies: Vec::new(),
             etc_hosts: String::new(),
-            lifeline: lifeline.map(AsRawFd::as_raw_fd),
+            lifeline: lab.lifeline_fd(),
         };
         lab.switch = spawn_init(&switch_spec, &[])?;
         // Saved at every step, so that a lab that is cut off half-way up can be removed.
         lab.save()?;
         lab.in_switch(&["ip", "link", "add", "lan", "type", "bridge"])?;
         lab.in_switch(&["ip", "link", "set", "lan", "up"])?;
-        let names: Vec<(String, Ipv4Addr)> = (1..=hosts)
-            .map(|n| (format!("host{n}"), Ipv4Addr::new(10, 77, 0, u8::try_from(n).unwrap_or(u8::MAX))))
-            .collect();
-        let etc_hosts =
-            names.iter().fold("127.0.0.1 localhost\n::1 localhost\n".to_owned(), |text, (name, address)| {
-                format!("{text}{address} {name}\n")
-            });
-        for (host, address) in names {
-            lab.start_host(&image, host, address, &etc_hosts, lifeline)?;
+        for number in 1..=hosts {
+            let name = format!("host{number}");
+            let address = Ipv4Addr::new(10, 77, 0, u8::try_from(number).unwrap_or(u8::MAX));
+            let disk = Path::new(DISK_DIR).join(&lab.name).join(&name);
+            fs::create_dir_all(&disk)?;
+            let cgroups = HostCgroups::create(&lab.name, &name)?;
+            lab.hosts.push(Host { name, address, init: 0, disk, cgroups });
         }
-        lab.save()?;
+        for index in 0..hosts {
+            lab.boot(&image, index)?;
+        }
         Ok(lab)
     }
 
-    fn start_host(
-        &mut self,
-        image: &Image,
-        name: String,
-        address: Ipv4Addr,
-        etc_hosts: &str,
-        lifeline: Option<&OwnedFd>,
-    ) -> Result<()> {
-        let disk = Path::new(DISK_DIR).join(&self.name).join(&name);
-        fs::create_dir_all(&disk)?;
-        let cgroups = HostCgroups::create(&self.name, &name)?;
+    fn lifeline_fd(&self) -> Option<RawFd> {
+        self.lifeline.as_ref().map(|lifeline| lifeline.read.as_raw_fd())
+    }
+
+    /// Starts a host that is registered, with what its disk has.
+    fn boot(&mut self, image: &Image, index: usize) -> Result<()> {
+        let etc_hosts = self.hosts.iter().fold("127.0.0.1 localhost\n::1 localhost\n".to_owned(), |text, host| {
+            format!("{text}{} {}\n", host.address, host.name)
+        });
+        let lifeline = self.lifeline_fd();
+        let host = self.hosts.get_mut(index).context("no such host")?;
         let spec = HostSpec {
-            name: name.clone(),
+            name: host.name.clone(),
             image: Some(image.root.clone()),
-            disk: disk.clone(),
-            hierarchies: cgroups.hierarchies.clone(),
-            etc_hosts: etc_hosts.to_owned(),
-            lifeline: lifeline.map(AsRawFd::as_raw_fd),
+            disk: host.disk.clone(),
+            hierarchies: host.cgroups.hierarchies.clone(),
+            etc_hosts,
+            lifeline,
         };
-        // Registered before it starts, so that a failure below removes it too.
-        self.hosts.push(Host { name, address, init: 0, disk, cgroups });
-        let host = self.hosts.last_mut().context("just pushed")?;
         host.init = spawn_init(&spec, &host.cgroups.procs_files())?;
         let host = host.clone();
         self.save()?;
-        let port = format!("p-{}", host.name);
+        let port = host.port();
         let init = host.init.to_string();
         self.in_switch(&["ip", "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &init])?;
         self.in_switch(&["ip", "link", "set", &port, "master", "lan", "up"])?;
@@ -154,6 +158,30 @@ impl Lab {
         );
         host.sh(&setup)?;
         Ok(())
+    }
+
+    /// A host loses power and comes up again: its disk is as it was, its memory and its processes are gone.
+    pub fn power_cycle(&mut self, index: usize) -> Result<()> {
+        let host = self.hosts.get(index).context("no such host")?;
+        host.cgroups.thaw();
+        end_init(host.init, Some(&host.cgroups));
+        host.cgroups.remove();
+        let cgroups = HostCgroups::create(&self.name, &host.name)?;
+        // The switch's end of its cable went with the other one, or will soon.
+        let port = host.port();
+        let deadline = Instant::now() + BOOT_DEADLINE;
+        while self.in_switch(&["ip", "link", "show", &port]).is_ok() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        if let Some(host) = self.hosts.get_mut(index) {
+            host.cgroups = cgroups;
+        }
+        self.boot(&Image::ensure()?, index)
+    }
+
+    /// Pulls a host's cable, or puts it back.
+    pub fn cable(&self, host: &Host, is_in: bool) -> Result<()> {
+        self.in_switch(&["ip", "link", "set", &host.port(), if is_in { "up" } else { "down" }])
     }
 
     fn in_switch(&self, words: &[&str]) -> Result<()> {
@@ -245,6 +273,11 @@ fn state_file(name: &str) -> PathBuf {
 }
 
 impl Host {
+    /// Its port of the switch.
+    fn port(&self) -> String {
+        format!("p-{}", self.name)
+    }
+
     /// A command that will run inside this host.
     pub fn command<I, S>(&self, words: I) -> Command
     where

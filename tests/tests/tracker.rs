@@ -1,25 +1,23 @@
 //! Tracker, pump and page store against a process that changes its memory at random: what has arrived in the end must be
 //! what the process has.
 
-use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::FileExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
-use std::process::{Child, Command};
-use std::time::Duration;
+mod family;
 
-use longhaul_common::pages::{Buffers, Kind};
+use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
 use longhaul_common::sys::memory::PAGE;
 use longhaul_dest::memory::index::{Due, Index, SHARED, ZERO};
 use longhaul_dest::memory::store::{PageStore, SLOTS};
-use longhaul_source::memory::link::InFlight;
-use longhaul_source::memory::maps::{Area, marks};
-use longhaul_source::memory::pump::{Frame, Pump, Tasks};
-use longhaul_source::memory::tracker::{Frozen, SpacePages, Tracker, WriteProtect};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use longhaul_source::memory::flags::marks;
+use longhaul_source::memory::maps::Area;
+use longhaul_source::memory::pump::Tasks;
+use longhaul_source::memory::tracker::{Frozen, Origin, SpacePages, Tracker, WriteProtect};
 use proptest::prelude::*;
+
+use self::family::{Arriving, Family, Subject};
 
 const PAGE_BYTES: usize = PAGE as usize;
 
@@ -85,33 +83,7 @@ struct Mapped {
     written: BTreeMap<usize, u64>,
 }
 
-/// One process.
-struct Subject {
-    pid: i32,
-    stream: UnixStream,
-    lines: BufReader<UnixStream>,
-    slots: BTreeMap<usize, Mapped>,
-}
-
-impl Subject {
-    fn accept(listener: &UnixListener, slots: BTreeMap<usize, Mapped>) -> Self {
-        let (stream, _) = listener.accept().expect("connects");
-        stream.set_read_timeout(Some(Duration::from_secs(10))).expect("is set");
-        let mut lines = BufReader::new(stream.try_clone().expect("clones"));
-        let mut pid = String::new();
-        lines.read_line(&mut pid).expect("says who it is");
-        Self { pid: pid.trim().parse().expect("a number"), stream, lines, slots }
-    }
-
-    /// The last word of the answer.
-    fn tell(&mut self, command: &str) -> String {
-        writeln!(self.stream, "{command}").expect("is told");
-        let mut answer = String::new();
-        self.lines.read_line(&mut answer).expect("answers");
-        assert!(answer.starts_with("ok"), "{command}: {answer}");
-        answer.trim().rsplit(' ').next().unwrap_or_default().to_owned()
-    }
-
+impl Subject<Mapped> {
     fn obey(&mut self, step: &Step) {
         match step {
             Step::Map { slot, pages, kind } => {
@@ -168,68 +140,11 @@ impl Subject {
         longhaul_source::memory::maps::status_bytes(self.pid, "VmLck") > 0
     }
 
-    /// Until it goes on, nothing of it changes.
-    fn stop(&self) {
-        kill(Pid::from_raw(self.pid), Signal::SIGSTOP).expect("is told");
-        let is_stopped =
-            || std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).is_ok_and(|stat| stat.contains(") T "));
-        while !is_stopped() {
-            std::thread::yield_now();
-        }
-    }
-
     fn page(&self, address: u64) -> Vec<u8> {
         let mut bytes = vec![0; PAGE_BYTES];
         let mem = std::fs::File::open(format!("/proc/{}/mem", self.pid)).expect("opens");
         mem.read_exact_at(&mut bytes, address).expect("is readable");
         bytes
-    }
-}
-
-/// Ends what was started, however the test ends.
-struct Family {
-    first: Child,
-    members: Vec<Subject>,
-}
-
-impl Drop for Family {
-    fn drop(&mut self) {
-        for member in self.members.iter().skip(1) {
-            let _ = kill(Pid::from_raw(member.pid), Signal::SIGKILL);
-        }
-        let _ = self.first.kill();
-        let _ = self.first.wait();
-    }
-}
-
-/// The destination: what arrives goes into a page store.
-struct Arriving {
-    store: PageStore,
-    pump: Pump,
-}
-
-impl Arriving {
-    fn take(&mut self, pages: &[SpacePages], tasks: Tasks) -> Vec<SpacePages> {
-        let (sender, mut receiver) = tokio::sync::mpsc::channel::<Frame>(4);
-        std::thread::scope(|scope| {
-            let store = &mut self.store;
-            let stored = scope.spawn(move || {
-                while let Some(frame) = receiver.blocking_recv() {
-                    if frame.kind == Kind::Batch {
-                        let data = if frame.packed {
-                            zstd::bulk::decompress(&frame.payload, frame.raw).expect("unpacks")
-                        } else {
-                            frame.payload
-                        };
-                        store.apply(frame.space, &frame.records).expect("fits").write(&data).expect("is written");
-                    }
-                }
-            });
-            let pumped = self.pump.send(pages, tasks, &sender).expect("is sent");
-            drop(sender);
-            stored.join().expect("stores");
-            pumped.skipped
-        })
     }
 }
 
@@ -252,7 +167,7 @@ fn arrived(dir: &Path, due: Due, space: u32, ranges: &[Area], store: &PageStore)
     found
 }
 
-fn check(subject: &Subject, frozen: &Frozen, arrived: &BTreeMap<u64, Vec<u8>>) {
+fn check(subject: &Subject<Mapped>, frozen: &Frozen, arrived: &BTreeMap<u64, Vec<u8>>) {
     for (address, bytes) in arrived {
         assert!(*bytes == subject.page(*address), "page {address:#x} of {} is another", subject.pid);
     }
@@ -285,19 +200,11 @@ fn play(steps: &[(prop::sample::Index, Step)]) {
     let (socket, file) = (dir.path().join("socket"), dir.path().join("file"));
     std::fs::write(&file, vec![0xab; 32 * PAGE_BYTES]).expect("writes");
     let listener = UnixListener::bind(&socket).expect("listens");
-    let first = Command::new(env!("CARGO_BIN_EXE_lab-tool"))
-        .args(["memory-subject", "--connect"])
-        .arg(&socket)
-        .arg("--file")
-        .arg(&file)
-        .spawn()
-        .expect("starts");
-    let init = first.id().cast_signed();
-    let mut family = Family { first, members: vec![Subject::accept(&listener, BTreeMap::new())] };
-    let mut tracker = WriteProtect::new(init);
+    let mut family: Family<Mapped> = Family::start(&listener, &socket, &file);
+    let init = family.members[0].pid;
+    let mut tracker = WriteProtect::new(init).expect("looks at the kernel");
     let pages = dir.path().join("pages");
-    let store = PageStore::create(&pages, 64 << 20).expect("creates");
-    let mut arriving = Arriving { store, pump: Pump::new(Buffers::default(), InFlight::default(), true) };
+    let mut arriving = Arriving::new(&pages);
     for (who, step) in steps {
         let members = family.members.len();
         let who = who.index(members);
@@ -309,7 +216,7 @@ fn play(steps: &[(prop::sample::Index, Step)]) {
                 family.members.push(Subject::accept(&listener, slots));
             }
             Step::Round => {
-                let tasks: Vec<i32> = family.members.iter().map(|member| member.pid).collect();
+                let tasks = family.tasks();
                 let taken = tracker.take(&tasks).expect("is tracked").pages;
                 let skipped = arriving.take(&taken, Tasks::Running);
                 tracker.put_back(skipped);
@@ -322,10 +229,14 @@ fn play(steps: &[(prop::sample::Index, Step)]) {
             step => family.members[who].obey(step),
         }
     }
-    let tasks: Vec<i32> = family.members.iter().map(|member| member.pid).collect();
+    let tasks = family.tasks();
     family.members.iter().for_each(Subject::stop);
-    let frozen = tracker.look_frozen(&tasks).expect("is tracked");
-    let written = |frozen: &Frozen| SpacePages { pid: frozen.pid, space: frozen.space, ranges: frozen.written.clone() };
+    let frozen = tracker.look_frozen(&tasks).expect("is tracked").tasks;
+    let written = |frozen: &Frozen| SpacePages {
+        origin: Origin::Task(frozen.pid),
+        space: frozen.space,
+        ranges: frozen.written.clone(),
+    };
     arriving.take(&frozen.iter().map(written).collect::<Vec<_>>(), Tasks::Frozen);
     for frozen in &frozen {
         let subject = family.members.iter().find(|member| member.pid == frozen.pid).expect("is one of them");

@@ -1,15 +1,18 @@
-//! Leaves pages out of the answers to `PAGEMAP_SCAN`.
+//! Leaves pages out of the answers to `PAGEMAP_SCAN`, and where the kernel lacks that (before 6.7) out of what is read of pagemap.
 //!
-//! The table is a text: a first line that names its version, then a line for each range of addresses to leave out. What was
-//! left out is told in a second file, so that the agent can compare it with what it sent: a CRIU that looks for pages in
-//! another way leaves no trace there, and its images hold everything.
+//! The table is a text: a first line that names its version, then a line for each range of addresses to leave out, and for each piece
+//! of shared memory, by its device and inode. What was left out is told in a second file, so that the agent can compare it with
+//! what it sent: a CRIU that looks for pages in another way leaves no trace there, and its images hold everything. So are the
+//! tasks whose smaps were replaced.
 //!
 //! ```text
-//! longhaul-filter 1                     longhaul-filter 1
+//! longhaul-filter 2                     longhaul-filter 2
+//! object 1 5f3                          smaps 4711
 //! 4711 7f0000000000 7f0040000000        4711 7f0000000000 7f0000ff0000
+//!                                       object 1 5f3
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -19,9 +22,9 @@ use std::sync::OnceLock;
 /// `_IOWR('f', 16, struct pm_scan_arg)`, linux/fs.h.
 pub(crate) const PAGEMAP_SCAN: std::ffi::c_ulong = 0xc060_6610;
 /// Where the table is.
-const TABLE: &str = "LONGHAUL_FILTER";
+pub(crate) const TABLE: &str = "LONGHAUL_FILTER";
 /// The first line of both files.
-const VERSION: &str = "longhaul-filter 1";
+const VERSION: &str = "longhaul-filter 2";
 /// `PAGE_IS_PRESENT`: a scan for it looks for content.
 const PRESENT: u64 = 1 << 3;
 /// `struct pm_scan_arg`.
@@ -45,8 +48,14 @@ pub(crate) struct ScanArg {
 /// Bytes of a `struct page_region`.
 const REGION: u64 = 24;
 
-/// Ranges to leave out, in order, by task.
-type Table = HashMap<i32, Vec<Range<u64>>>;
+/// What to leave out.
+#[derive(Debug, Default, PartialEq)]
+struct Table {
+    /// Ranges, in order, by task.
+    tasks: HashMap<i32, Vec<Range<u64>>>,
+    /// Shared memory, by device and inode.
+    objects: HashSet<(u64, u64)>,
+}
 
 struct Filter {
     table: Table,
@@ -71,15 +80,24 @@ fn parse(text: &str) -> Option<Table> {
     if lines.next() != Some(VERSION) {
         return None;
     }
-    let mut table = Table::new();
+    let mut table = Table::default();
     for line in lines {
         let mut words = line.split(' ');
-        let pid = words.next()?.parse().ok()?;
-        let mut address = || u64::from_str_radix(words.next()?, 16).ok();
-        let range = address()?..address()?;
-        table.entry(pid).or_default().push(range);
+        let subject = words.next()?;
+        let mut number = || u64::from_str_radix(words.next()?, 16).ok();
+        let (one, other) = (number()?, number()?);
+        if subject == "object" {
+            table.objects.insert((one, other));
+        } else {
+            table.tasks.entry(subject.parse().ok()?).or_default().push(one..other);
+        }
     }
     Some(table)
+}
+
+/// Shared memory to leave out.
+pub(crate) fn objects() -> Option<&'static HashSet<(u64, u64)>> {
+    Some(&the_filter()?.table.objects)
 }
 
 /// The parts of a scan that are not to be left out; nothing if all of it is asked for. What is left out is told.
@@ -88,8 +106,8 @@ pub(crate) fn visible_parts(fd: i32, scan: &ScanArg) -> Option<Vec<Range<u64>>> 
         return None;
     }
     let filter = the_filter()?;
-    let pid = task_of(fd)?;
-    let hidden = filter.table.get(&pid)?;
+    let pid = task_of(fd, "pagemap")?;
+    let hidden = filter.table.tasks.get(&pid)?;
     let (visible, gone) = without(scan.start..scan.end, hidden);
     if gone.is_empty() {
         return None;
@@ -99,9 +117,35 @@ pub(crate) fn visible_parts(fd: i32, scan: &ScanArg) -> Option<Vec<Range<u64>>> 
         // Writing to a string can't fail.
         let _ = writeln!(lines, "{pid} {:x} {:x}", range.start, range.end);
     }
-    // What can't be told is missed by the agent, which then does not move the container.
-    let _ = (&filter.told).write_all(lines.as_bytes());
+    tell(&lines);
     Some(visible)
+}
+
+/// Bytes that an entry of pagemap has, and of memory that it stands for.
+const ENTRY: u64 = 8;
+const PAGE: u64 = 4096;
+
+/// Has entries of pagemap, as they were read from `offset` of the file on, say that pages are not there which are to be left
+/// out. What is left out is told.
+pub(crate) fn hide_entries(fd: i32, entries: &mut [u8], offset: u64) {
+    let Some(filter) = the_filter() else { return };
+    let Some(pid) = task_of(fd, "pagemap") else { return };
+    let Some(hidden) = filter.table.tasks.get(&pid) else { return };
+    let first = offset / ENTRY * PAGE;
+    let end = first + entries.len() as u64 / ENTRY * PAGE;
+    let (_, gone) = without(first..end, hidden);
+    let mut lines = String::new();
+    for range in gone {
+        let place = |address: u64| ((address - first) / PAGE * ENTRY) as usize;
+        if let Some(bytes) = entries.get_mut(place(range.start)..place(range.end)) {
+            bytes.fill(0);
+        }
+        // Writing to a string can't fail.
+        let _ = writeln!(lines, "{pid} {:x} {:x}", range.start, range.end);
+    }
+    if !lines.is_empty() {
+        tell(&lines);
+    }
 }
 
 /// Scans parts of a range one after the other into the one vector; the number of regions, as the ioctl gives it. Ends early
@@ -135,14 +179,22 @@ pub(crate) fn scan_parts(whole: &mut ScanArg, parts: &[Range<u64>], mut scan: im
     found as i32
 }
 
-/// The task whose `/proc/<pid>/pagemap` this is.
-fn task_of(fd: i32) -> Option<i32> {
+/// The task whose `/proc/<pid>/<file>` this is.
+pub(crate) fn task_of(fd: i32, file: &str) -> Option<i32> {
     let link = std::fs::read_link(format!("/proc/self/fd/{fd}")).ok()?;
     let mut parts = link.to_str()?.rsplit('/');
-    if parts.next() != Some("pagemap") {
+    if parts.next() != Some(file) {
         return None;
     }
     parts.next()?.parse().ok()
+}
+
+/// Tells the agent what was done.
+pub(crate) fn tell(lines: &str) {
+    if let Some(filter) = the_filter() {
+        // What can't be told is missed by the agent, which then does not move the container.
+        let _ = (&filter.told).write_all(lines.as_bytes());
+    }
 }
 
 /// A range without what is hidden, and what that was.
@@ -226,9 +278,9 @@ mod tests {
 
     #[test]
     fn a_table_of_another_version_is_not_read() {
-        assert_eq!(parse("longhaul-filter 2\n1 0 1000\n"), None);
-        let table = parse("longhaul-filter 1\n17 1000 2000\n17 3000 4000\n18 0 1000\n").expect("reads");
-        assert_eq!(table[&17], [0x1000..0x2000, 0x3000..0x4000]);
-        assert_eq!(parse("longhaul-filter 1\nx\n"), None);
+        assert_eq!(parse("longhaul-filter 1\n1 0 1000\n"), None);
+        let table = parse("longhaul-filter 2\nobject 1 5f3\n17 1000 2000\n17 3000 4000\n18 0 1000\n").expect("reads");
+        assert_eq!(table.tasks[&17], [0x1000..0x2000, 0x3000..0x4000]);
+        assert_eq!(parse("longhaul-filter 2\nx\n"), None);
     }
 }

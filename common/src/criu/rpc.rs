@@ -88,6 +88,11 @@ pub struct Options {
     pub network_lock: Option<i32>,
 }
 
+/// What CRIU calls a memory filesystem that comes from outside its images.
+pub fn external_tmpfs(index: usize) -> String {
+    format!("longhaul-tmpfs-{index}")
+}
+
 /// `inherit_fd`.
 #[derive(Clone, PartialEq, Message)]
 pub struct InheritFd {

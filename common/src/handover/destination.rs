@@ -15,6 +15,8 @@ pub enum Event {
     Lost,
     /// The record that the last event asked for could not be written.
     RecordFailed,
+    /// It can't be resumed, and none of its tasks has run.
+    NotResumed,
 }
 
 /// Something the destination has to do.
@@ -58,6 +60,8 @@ pub enum State {
     Committed,
     /// It will never be.
     Aborted,
+    /// It was, and its tasks died before they ran.
+    NotResumed,
     /// It was, until an operator decided otherwise.
     Superseded,
 }
@@ -115,6 +119,18 @@ impl Destination {
             (State::Arriving | State::Stopped, Event::Lost) => abort(None),
             // Nothing was resumed; and what can't be written down can't be kept either.
             (State::Arriving | State::Committed, Event::RecordFailed) => abort(None),
+            // It has never run here: its source still has all of it. Said only once it is written down: as long as the journal has
+            // it as this host's, an agent that is killed would say so.
+            (State::Committed, Event::NotResumed) => {
+                (State::NotResumed, vec![Record(DestinationPhase::Aborted, epoch), Undo, Tell(Answer::Aborted(epoch))])
+            }
+            (State::NotResumed, Event::Heard(request)) => {
+                let answer = match request {
+                    Request::Commit(of) | Request::Ask(of) => Answer::Aborted(of),
+                    Request::Supersede(of) => Answer::Superseded(of),
+                };
+                (State::NotResumed, vec![Record(DestinationPhase::Aborted, epoch), Undo, Tell(answer)])
+            }
             (State::Superseded, Event::RecordFailed) => (State::Committed, Vec::new()),
             // A commit too early, of another epoch or of nothing, and a question before it had committed, are refused for ever.
             (

@@ -33,6 +33,15 @@ pub enum Request {
     Supersede(Epoch),
 }
 
+impl Request {
+    /// The decision it is about.
+    pub fn epoch(self) -> Epoch {
+        match self {
+            Self::Commit(epoch) | Self::Ask(epoch) | Self::Supersede(epoch) => epoch,
+        }
+    }
+}
+
 /// What the destination tells the source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Answer {

@@ -15,6 +15,8 @@ pub enum Event {
     Heard(Answer),
     /// It says nothing.
     Silence,
+    /// It has all of the container's memory.
+    Complete,
     /// An operator decides that the container stays here.
     Keep,
     /// An operator decides that it is not here any more.
@@ -60,6 +62,8 @@ pub enum State {
     Held,
     /// It was offered and stays frozen.
     Committing,
+    /// The destination runs it. What it lacks of its memory is in the frozen tasks here.
+    Taken,
     /// It runs here by an operator's decision, which the destination has not heard.
     Kept,
     /// It is not here any more.
@@ -71,17 +75,19 @@ pub enum State {
 pub struct Source {
     state: State,
     epoch: Epoch,
+    /// The destination has said that it runs the container.
+    taken: bool,
 }
 
 impl Source {
     /// Before anything has happened.
     pub fn new(epoch: Epoch) -> Self {
-        Self { state: State::Running, epoch }
+        Self { state: State::Running, epoch, taken: false }
     }
 
     /// After a restart, from its record; and what is to be done first.
     pub fn recover(phase: SourcePhase, epoch: Epoch) -> (Self, Vec<Action>) {
-        let mut machine = Self { state: State::Held, epoch };
+        let mut machine = Self { state: State::Held, epoch, taken: false };
         let actions = match phase {
             SourcePhase::Held => machine.on(Event::GiveUp),
             SourcePhase::Committing => {
@@ -122,17 +128,22 @@ impl Source {
                 (State::Committing, vec![Record(SourcePhase::Committing, epoch), Tell(Request::Commit(epoch))])
             }
             // ---- from here the container is not this host's to let go ----
-            (State::Committing, Event::Heard(Answer::Committed(of))) if of == epoch => (State::Gone, vec![End, Erase]),
+            (State::Committing, Event::Heard(Answer::Committed(of))) if of == epoch => {
+                self.taken = true;
+                (State::Taken, Vec::new())
+            }
+            // On record it is still offered: who restarts asks, and hears once more that it was taken.
+            (State::Taken, Event::Complete) => (State::Gone, vec![End, Erase]),
             (State::Committing, Event::Heard(Answer::Aborted(of))) if of == epoch => {
                 (State::Running, vec![LetGo, Erase])
             }
             (State::Committing, Event::Silence) => (State::Committing, vec![Tell(Request::Ask(epoch))]),
-            (State::Committing, Event::Keep) => {
+            (State::Committing | State::Taken, Event::Keep) => {
                 self.epoch += 1;
                 let epoch = self.epoch;
                 (State::Kept, vec![Record(SourcePhase::Kept, epoch), LetGo, Tell(Request::Supersede(epoch))])
             }
-            (State::Committing, Event::Disown) => {
+            (State::Committing | State::Taken, Event::Disown) => {
                 self.epoch += 1;
                 (State::Gone, vec![Record(SourcePhase::Disowned, self.epoch), End, Erase])
             }
@@ -140,7 +151,7 @@ impl Source {
             (State::Committing, Event::RecordFailed) => (State::Held, Vec::new()),
             (State::Kept | State::Gone, Event::RecordFailed) => {
                 self.epoch -= 1;
-                (State::Committing, Vec::new())
+                (if self.taken { State::Taken } else { State::Committing }, Vec::new())
             }
             (State::Kept, Event::Silence) => (State::Kept, vec![Tell(Request::Supersede(epoch))]),
             (State::Kept, Event::Heard(Answer::Superseded(of))) if of == epoch => (State::Running, vec![Erase]),

@@ -15,7 +15,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use nix::net::if_::if_nametoindex;
 use nix::sched::{CloneFlags, setns, unshare};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use announce::Announcer;
@@ -224,8 +226,9 @@ pub fn forget_connections(addresses: impl IntoIterator<Item = std::net::IpAddr>)
     }
 }
 
-/// The host's end of a veth pair, and the bridge it belongs on.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The host's end of a veth pair, and the bridge it belongs on. Written down as name, index, bridge.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "(String, u32, String)", into = "(String, u32, String)")]
 pub struct Port {
     /// Its name.
     pub name: String,
@@ -233,6 +236,18 @@ pub struct Port {
     pub index: u32,
     /// The bridge.
     pub bridge: String,
+}
+
+impl From<(String, u32, String)> for Port {
+    fn from((name, index, bridge): (String, u32, String)) -> Self {
+        Self { name, index, bridge }
+    }
+}
+
+impl From<Port> for (String, u32, String) {
+    fn from(Port { name, index, bridge }: Port) -> Self {
+        (name, index, bridge)
+    }
 }
 
 impl Port {
@@ -268,8 +283,13 @@ impl Port {
         }
     }
 
-    /// Removes the veth pair.
-    pub fn remove(&self) -> Result<(), NetError> {
-        run_ip(None, &["link", "delete", "dev", &self.name], None).map(drop)
+    /// Removes the veth pair, unless it is gone or another has its name.
+    pub fn remove_if_there(&self) {
+        if if_nametoindex(self.name.as_str()) != Ok(self.index) {
+            return;
+        }
+        if let Err(error) = run_ip(None, &["link", "delete", "dev", &self.name], None) {
+            tracing::debug!(port = self.name, %error, "an interface was gone already");
+        }
     }
 }

@@ -66,6 +66,8 @@ pub enum Scan {
     Content,
     /// Of those, the ones written since they were last protected; each is protected again in the same step.
     TakeWritten,
+    /// The same, and they stay as they are.
+    Written,
     /// Pages with content that are not in memory.
     Swapped,
 }
@@ -95,10 +97,12 @@ pub fn scan(
 ) -> io::Result<()> {
     let (flags, written) = match what {
         Scan::Content | Scan::Swapped => (0, 0),
+        Scan::Written => (PM_SCAN_CHECK_WPASYNC, category::WRITTEN),
         Scan::TakeWritten => (PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, category::WRITTEN),
     };
     let present = if what == Scan::Swapped { 0 } else { category::PRESENT };
-    walk(pagemap, area, backing, (flags, written, present), |region| found(region.start, region.end))
+    let query = Query::content(backing, flags, written, present);
+    walk(pagemap, area, &query, |region| found(region.start, region.end))
 }
 
 /// Calls `found` with every range of pages that have content, in order, and whether they were written since they were last
@@ -112,34 +116,89 @@ pub fn scan_content_and_written(
     backing: Backing,
     mut found: impl FnMut(u64, u64, bool),
 ) -> io::Result<()> {
-    walk(pagemap, area, backing, (PM_SCAN_CHECK_WPASYNC, 0, category::PRESENT), |region| {
+    let query = Query::content(backing, PM_SCAN_CHECK_WPASYNC, 0, category::PRESENT);
+    walk(pagemap, area, &query, |region| {
         found(region.start, region.end, region.categories & category::WRITTEN != 0);
     })
 }
 
-fn walk(
+/// Pages of a mapping of shared memory that the task may have written since they were last protected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SharedPages {
+    /// It has: they are mapped, and not protected.
+    Written,
+    /// They are not mapped, and nothing says why. Once all pages of a mapping were protected, also those the task had not mapped, this
+    /// means that the kernel took them out of the task's page tables since, and with them the mark of having been written:
+    /// after `MADV_DONTNEED`, or to swap them out.
+    Unknown,
+}
+
+/// Calls `found` with every range of pages in `[start, end)`, a part of a mapping of shared memory, that the task may have written, in order.
+/// With `take`, what was written is protected again in the same step; what is unknown is not always.
+///
+/// # Errors
+/// As of [`scan`] for `TakeWritten`.
+pub fn scan_shared(
     pagemap: &File,
     (start, end): (u64, u64),
-    backing: Backing,
-    (flags, written, present): (u64, u64, u64),
-    mut found: impl FnMut(&PageRegion),
+    take: bool,
+    mut found: impl FnMut(u64, u64, SharedPages),
 ) -> io::Result<()> {
+    let query = Query {
+        flags: PM_SCAN_CHECK_WPASYNC | if take { PM_SCAN_WP_MATCHING } else { 0 },
+        inverted: category::PRESENT,
+        all_of: 0,
+        any_of: category::WRITTEN | category::PRESENT,
+        told: category::WRITTEN | category::SWAPPED,
+    };
+    walk(pagemap, (start, end), &query, |region| {
+        if region.categories & category::WRITTEN != 0 {
+            found(region.start, region.end, SharedPages::Written);
+        } else if region.categories & category::SWAPPED == 0 {
+            found(region.start, region.end, SharedPages::Unknown);
+        }
+    })
+}
+
+/// What a scan asks for (`struct pm_scan_arg`): pages whose categories, the `inverted` ones turned round, have `all_of` and `any_of`.
+struct Query {
+    flags: u64,
+    inverted: u64,
+    all_of: u64,
+    any_of: u64,
+    told: u64,
+}
+
+impl Query {
+    /// For pages with content of a private area.
+    fn content(backing: Backing, flags: u64, written: u64, present: u64) -> Self {
+        let absent = no_content() | if backing == Backing::File { category::FILE } else { 0 };
+        let told = if flags & PM_SCAN_CHECK_WPASYNC == 0 { 0 } else { category::WRITTEN };
+        Self {
+            flags,
+            inverted: absent,
+            all_of: absent | written,
+            any_of: present | category::SWAPPED,
+            told: category::PRESENT | category::SWAPPED | told,
+        }
+    }
+}
+
+fn walk(pagemap: &File, (start, end): (u64, u64), query: &Query, mut found: impl FnMut(&PageRegion)) -> io::Result<()> {
     let mut regions = [PageRegion::default(); REGIONS];
-    let absent = no_content() | if backing == Backing::File { category::FILE } else { 0 };
-    let told = if flags & PM_SCAN_CHECK_WPASYNC == 0 { 0 } else { category::WRITTEN };
     let mut at = start;
     while at < end {
         let mut arg = ScanArg {
             size: size_of::<ScanArg>() as u64,
-            flags,
+            flags: query.flags,
             start: at,
             end,
             vec: regions.as_mut_ptr() as u64,
             vec_len: REGIONS as u64,
-            category_inverted: absent,
-            category_mask: absent | written,
-            category_anyof_mask: present | category::SWAPPED,
-            return_mask: category::PRESENT | category::SWAPPED | told,
+            category_inverted: query.inverted,
+            category_mask: query.all_of,
+            category_anyof_mask: query.any_of,
+            return_mask: query.told,
             ..ScanArg::default()
         };
         // SAFETY: the argument and the vector it points to outlive the call and have the sizes they say.
@@ -171,10 +230,12 @@ fn no_content() -> u64 {
 
 /// `UFFD_API`.
 const UFFD_API: u64 = 0xaa;
-/// `UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_PAGEFAULT_FLAG_WP`.
-const FEATURES_WP_ASYNC: u64 = (1 << 13) | (1 << 15) | (1 << 0);
+/// `UFFD_FEATURE_WP_HUGETLBFS_SHMEM | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_PAGEFAULT_FLAG_WP`.
+const FEATURES_WP_ASYNC: u64 = (1 << 12) | (1 << 13) | (1 << 15) | (1 << 0);
 /// `UFFDIO_REGISTER_MODE_WP`.
 const REGISTER_MODE_WP: u64 = 1 << 1;
+/// `UFFDIO_WRITEPROTECT_MODE_WP`.
+const MODE_WP: u64 = 1 << 0;
 
 #[repr(C)]
 struct UffdApi {
@@ -194,6 +255,12 @@ struct UffdRegister {
     range: UffdRange,
     mode: u64,
     ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdWriteprotect {
+    range: UffdRange,
+    mode: u64,
 }
 
 #[repr(C)]
@@ -217,7 +284,7 @@ const _: () = assert!(size_of::<UffdCopy>() == 40 && size_of::<UffdRegister>() =
 /// The requests themselves.
 mod request {
     #![allow(missing_docs, unreachable_pub, reason = "what the macros make; the functions below say what they do")]
-    use super::{ScanArg, UffdApi, UffdCopy, UffdRange, UffdRegister, UffdZeropage};
+    use super::{ScanArg, UffdApi, UffdCopy, UffdRange, UffdRegister, UffdWriteprotect, UffdZeropage};
 
     nix::ioctl_readwrite!(pagemap_scan, b'f', 16, ScanArg);
     nix::ioctl_readwrite!(uffdio_api, 0xaa, 0x3f, UffdApi);
@@ -225,6 +292,7 @@ mod request {
     nix::ioctl_read!(uffdio_wake, 0xaa, 0x02, UffdRange);
     nix::ioctl_readwrite!(uffdio_copy, 0xaa, 0x03, UffdCopy);
     nix::ioctl_readwrite!(uffdio_zeropage, 0xaa, 0x04, UffdZeropage);
+    nix::ioctl_readwrite!(uffdio_writeprotect, 0xaa, 0x06, UffdWriteprotect);
 }
 
 /// Turns a fresh userfaultfd, of whatever task, into one for asynchronous write protection: the kernel resolves such
@@ -239,6 +307,13 @@ pub fn begin_write_tracking(uffd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether this kernel can protect pages asynchronously, which a userfaultfd of this process is asked.
+pub fn tracks_writes() -> bool {
+    // SAFETY: plain system call; the descriptor is new.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+    i32::try_from(fd).is_ok_and(|fd| fd >= 0 && begin_write_tracking(super::adopt(fd).as_fd()).is_ok())
+}
+
 /// Registers an area for write protection.
 ///
 /// # Errors
@@ -248,6 +323,17 @@ pub fn register_write_tracking(uffd: BorrowedFd<'_>, start: u64, end: u64) -> io
     let mut register = UffdRegister { range: UffdRange { start, len: end - start }, mode: REGISTER_MODE_WP, ioctls: 0 };
     // SAFETY: the argument outlives the call.
     unsafe { request::uffdio_register(uffd.as_raw_fd(), &raw mut register) }?;
+    Ok(())
+}
+
+/// Protects a part of a registered area: also pages that the task has not mapped, if the area is of shared memory.
+///
+/// # Errors
+/// `ENOENT`: it is not registered, or not any more.
+pub fn protect(uffd: BorrowedFd<'_>, start: u64, end: u64) -> io::Result<()> {
+    let mut protect = UffdWriteprotect { range: UffdRange { start, len: end - start }, mode: MODE_WP };
+    // SAFETY: the argument outlives the call.
+    unsafe { request::uffdio_writeprotect(uffd.as_raw_fd(), &raw mut protect) }?;
     Ok(())
 }
 
@@ -301,6 +387,13 @@ pub fn zero_pages(uffd: BorrowedFd<'_>, address: u64, len: u64) -> io::Result<Pl
     // SAFETY: the argument outlives the call.
     let result = unsafe { request::uffdio_zeropage(uffd.as_raw_fd(), &raw mut zero) };
     placed(result, zero.zeropage, len)
+}
+
+/// Whether the address space of `uffd` has ended: nothing tells, one has to ask.
+pub fn has_ended(uffd: BorrowedFd<'_>) -> bool {
+    /// The last page below the smallest limit of address spaces, where no system puts anything (`TASK_SIZE_MAX` leaves out the one after it).
+    const NOWHERE: u64 = (1 << 47) - 2 * PAGE;
+    matches!(zero_pages(uffd, NOWHERE, PAGE), Ok(Placed::Ended))
 }
 
 /// Wakes whoever waits in an address space: who still has to wait will say so again.

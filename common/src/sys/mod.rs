@@ -1,5 +1,7 @@
 //! System calls no library wraps. The only modules of this crate with `unsafe`.
 
+pub mod bpf;
+pub mod ipc;
 pub mod memory;
 
 use std::io;

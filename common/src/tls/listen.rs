@@ -20,7 +20,7 @@ use super::explain;
 /// How long a handshake may take: a port scanner must not hold a slot.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 /// Connections of hosts that are gone end after 10 s.
-const KEEP_ALIVE: socket2::TcpKeepalive = socket2::TcpKeepalive::new()
+pub(super) const KEEP_ALIVE: socket2::TcpKeepalive = socket2::TcpKeepalive::new()
     .with_time(Duration::from_secs(5))
     .with_interval(Duration::from_secs(1))
     .with_retries(5);

@@ -221,6 +221,8 @@ pub async fn connect_pages(
     let attempt = async {
         let tcp = TcpStream::connect(&peer.address).await?;
         tcp.set_nodelay(true)?;
+        // It may have nothing to say for long, and must notice a host that is gone all the same.
+        socket2::SockRef::from(&tcp).set_tcp_keepalive(&listen::KEEP_ALIVE)?;
         tokio_rustls::TlsConnector::from(identity.pages.clone()).connect(name, tcp).await
     };
     let unreachable =

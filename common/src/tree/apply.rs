@@ -37,6 +37,10 @@ struct Times {
     mtime: Timestamp,
 }
 
+/// A file that got so many bytes is on its way to the disk at once. Otherwise the first fsync(2) of the container, once it runs
+/// here, waits for all of them: a filesystem that keeps its data in order (`data=ordered` of ext4) writes them first.
+const MUCH: u64 = 1 << 20;
+
 /// A file whose content is coming.
 struct OpenFile {
     entry: Entry,
@@ -44,6 +48,8 @@ struct OpenFile {
     size: u64,
     content: Content,
     sum: ContentSum,
+    /// Bytes that were written.
+    written: u64,
 }
 
 impl Writer {
@@ -116,7 +122,7 @@ impl Writer {
                     Content::Patch => open_existing(&dir, &entry.path)?,
                 };
                 file.set_len(size).map_err(TreeError::io("resize", &entry.path))?;
-                self.open = Some(OpenFile { sum: ContentSum::new(size), entry, file, size, content });
+                self.open = Some(OpenFile { sum: ContentSum::new(size), entry, file, size, content, written: 0 });
                 Ok(())
             }
             EntryKind::Dir => {
@@ -262,6 +268,7 @@ impl OpenFile {
         if self.content == Content::Patch && bytes.iter().all(|&byte| byte == 0) && self.punch(offset, bytes.len()) {
             return Ok(());
         }
+        self.written += bytes.len() as u64;
         self.file.write_all_at(bytes, offset).map_err(TreeError::io("write", &self.entry.path))
     }
 
@@ -276,6 +283,9 @@ impl OpenFile {
         let computed = self.sum.finish();
         if computed != declared {
             return Err(TreeError::Checksum { path: printable(&self.entry.path), declared, computed });
+        }
+        if self.written >= MUCH {
+            sys::begin_write_back(&self.file);
         }
         metadata::apply(self.file.as_fd(), &self.entry, kind)
     }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::watch::UNIT;
 use super::{BLOCK, MAX_DATA, sys};
 
 /// The hash of a block without data, which no block with data is given.
@@ -27,9 +28,17 @@ pub(super) struct HashBudget(Arc<AtomicUsize>);
 
 /// The destination's content of one file, block by block.
 pub(super) struct BlockHashes {
+    size: u64,
     hashes: Vec<u64>,
+    /// What was counted of each [`UNIT`] before it was read; [`UNKNOWN`] if it may have been dirty then.
+    counts: Vec<u64>,
     budget: HashBudget,
 }
+
+/// In place of a count.
+const UNKNOWN: u64 = u64::MAX;
+/// Blocks of a unit.
+const UNIT_BLOCKS: usize = (UNIT as usize) / BLOCK;
 
 impl HashBudget {
     /// Takes room for a file of `size` bytes, all hole.
@@ -40,8 +49,50 @@ impl HashBudget {
             self.0.fetch_sub(count, Ordering::Relaxed);
             return None;
         }
-        Some(BlockHashes { hashes: vec![HOLE; count], budget: self.clone() })
+        Some(BlockHashes { size, hashes: vec![HOLE; count], counts: Vec::new(), budget: self.clone() })
     }
+}
+
+impl BlockHashes {
+    /// Whether a unit of a file of `size` bytes is as it was, by what is counted of it now.
+    fn has_same(&self, unit: usize, size: u64, count: u64) -> bool {
+        let end = (unit as u64 + 1) * UNIT;
+        count != UNKNOWN
+            && self.counts.get(unit) == Some(&count)
+            && (end <= self.size.min(size) || self.size == size)
+            // What is put in place of a hole may leave no trace in the page cache.
+            && self.blocks_of(unit).is_some_and(|blocks| !blocks.contains(&HOLE))
+    }
+
+    fn blocks_of(&self, unit: usize) -> Option<&[u64]> {
+        let first = unit * UNIT_BLOCKS;
+        self.hashes.get(first..(first + UNIT_BLOCKS).min(self.hashes.len()))
+    }
+
+    /// Takes a unit over as it was.
+    fn keep(&mut self, unit: usize, old: &Self) {
+        let first = unit * UNIT_BLOCKS;
+        let blocks = old.blocks_of(unit).unwrap_or_default();
+        if let Some(own) = self.hashes.get_mut(first..first + blocks.len()) {
+            own.copy_from_slice(blocks);
+        }
+        self.set_count(unit, old.counts.get(unit).copied().unwrap_or(UNKNOWN));
+    }
+
+    fn set_count(&mut self, unit: usize, count: u64) {
+        if self.counts.len() <= unit {
+            self.counts.resize(unit + 1, UNKNOWN);
+        }
+        self.counts[unit] = count;
+    }
+}
+
+/// What is counted of the units of a file that is about to be read.
+pub(super) struct Counts {
+    /// Of each, before anything of it was looked at.
+    pub(super) now: Vec<u64>,
+    /// Nothing of it was dirty at some time after that.
+    pub(super) was_clean: bool,
 }
 
 impl Drop for BlockHashes {
@@ -59,18 +110,29 @@ pub(super) enum ContentError<E> {
 /// Sends the content of `file`, `size` bytes long when its entry was sent.
 ///
 /// With `old`, what the destination has, only the blocks that differ go; what has become a hole goes as zeros, which
-/// needs `new`. The file may shrink meanwhile: what is gone stays a hole at the destination. `new` comes back as what
+/// needs `new`. What is not read, since it can't have changed by its `counts`, does not differ. The file may shrink meanwhile: what is gone stays a hole at the destination. `new` comes back as what
 /// the destination has then, whatever has happened to the file.
 pub(super) fn send<E>(
     file: &File,
     size: u64,
     old: Option<&BlockHashes>,
     mut new: Option<BlockHashes>,
+    counts: Option<&Counts>,
     mut data: impl FnMut(u64, &[u8]) -> Result<(), E>,
 ) -> Result<Option<BlockHashes>, ContentError<E>> {
     let mut buffer = vec![0; usize::try_from(size).unwrap_or(MAX_DATA).min(MAX_DATA)];
     let mut from = 0;
     while let Some(first) = sys::next_data(file, from, size).map_err(ContentError::Read)? {
+        let unit = usize::try_from(first.0 / UNIT).unwrap_or(usize::MAX);
+        if let (Some(counts), Some(new)) = (counts, &mut new) {
+            let count = counts.now.get(unit).copied().unwrap_or(UNKNOWN);
+            if let Some(old) = old.filter(|old| old.has_same(unit, size, count)) {
+                new.keep(unit, old);
+                from = size.min((first.0 / UNIT + 1) * UNIT);
+                continue;
+            }
+            new.set_count(unit, if counts.was_clean { count } else { UNKNOWN });
+        }
         let window = Window::read(file, size, first, &mut buffer).map_err(ContentError::Read)?;
         let hashes = window.block_hashes();
         if let Some(new) = &mut new {

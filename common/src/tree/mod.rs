@@ -47,7 +47,8 @@
 //! An unchanged entry costs one `statx` through its directory's descriptor, one hash look-up, and its share of
 //! `getdents`; extended attributes are read only when `ctime` moved, which every change to them does. One
 //! descriptor is open at a time however deep the tree. A file over [`PATCH_FROM`] is remembered as one hash
-//! per [`BLOCK`] and sends only the blocks that differ.
+//! per [`BLOCK`] and sends only the blocks that differ. Where they are is found by reading all of it, or, with a [`Watch`], only
+//! what may have changed.
 //!
 //! # Trust
 //!
@@ -67,6 +68,7 @@ mod remove;
 mod scan;
 mod send;
 mod sys;
+mod watch;
 
 #[cfg(test)]
 mod tests;
@@ -76,6 +78,7 @@ pub use digest::{LayerDigest, digest};
 pub use entry::{Content, ContentSum, Entry, EntryKind, Timestamp, TreeItem};
 pub use error::{SinkClosed, TreeError};
 pub use scan::{PassStats, Scanner};
+pub use watch::{UNIT, Watch, can_be_watched, write_back};
 
 /// What kind of tree this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,6 +5,7 @@ use std::ffi::CStr;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{RawDir, Statx, StatxAttributes};
@@ -15,6 +16,7 @@ use super::entry::{EntryKind, TreeItem};
 use super::error::SinkClosed;
 use super::known::{Inode, Known, Stamp, is_whiteout};
 use super::names::{check_path, join, split};
+use super::watch::{Watch, can_be_watched};
 use super::{TreeError, TreeKind, sys};
 
 /// Room for one read of a directory; about a thousand names.
@@ -36,6 +38,8 @@ pub struct Scanner {
     pub(super) budget: HashBudget,
     pub(super) suspects: HashSet<Inode>,
     pub(super) pass: u32,
+    /// On a filesystem that can be watched.
+    pub(super) watch: Option<Arc<dyn Watch>>,
 }
 
 /// What one pass did.
@@ -113,7 +117,13 @@ impl Scanner {
             budget: HashBudget::default(),
             suspects: HashSet::new(),
             pass: 0,
+            watch: None,
         })
+    }
+
+    /// Has large files that changed be read only where they may have, if this filesystem can be watched. Before the first pass.
+    pub fn watched_by(&mut self, watch: Arc<dyn Watch>) {
+        self.watch = can_be_watched(&self.root).then_some(watch);
     }
 
     /// Sends everything that is new or changed since the last pass; the first pass sends all. The tree may be in use.
@@ -148,6 +158,12 @@ impl Scanner {
         if let Ok(status) = status {
             self.suspects.insert(Stamp::of(&status).inode);
         }
+    }
+
+    /// The same for a file by its inode, on the tree's own filesystem.
+    pub fn recheck_inode(&mut self, number: u64) {
+        let device = self.root_known.as_ref().map(|known| known.stamp.inode.device);
+        self.suspects.extend(device.map(|device| Inode { device, number }));
     }
 
     fn run(

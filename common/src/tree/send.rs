@@ -7,11 +7,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use rustix::fs::{FileType, Statx};
 
-use super::content::{self, BlockHashes, ContentError};
+use super::content::{self, BlockHashes, ContentError, Counts};
 use super::entry::{Content, ContentSum, EntryKind, TreeItem};
 use super::known::Known;
 use super::names::join;
 use super::scan::{FirstName, OpenDir, Pass, Scanner, Writers, still_there};
+use super::watch::{UNIT, is_exception};
 use super::{PATCH_FROM, TreeError, metadata, sys};
 
 impl Scanner {
@@ -78,15 +79,22 @@ impl Scanner {
         let old = old.filter(|_| new.is_some());
         let content = if old.is_some() { Content::Patch } else { Content::Whole };
         let file = sys::open_to_read(node).map_err(TreeError::io("open", path))?;
-        if pass.writers == Writers::Running
-            && size > 0
-            && let Err(error) = sys::protect_mapped_pages(&file)
-        {
-            tracing::debug!(path = %path.escape_ascii(), %error, "cannot write back");
+        // Counted first: what becomes dirty from now on counts.
+        let watch = self.watch.as_ref().filter(|_| new.is_some() && !is_exception(&file, status));
+        let mut counts = watch.map(|watch| {
+            let now = (0..size.div_ceil(UNIT)).map(|unit| watch.count(status.stx_ino, unit)).collect();
+            Counts { now, was_clean: false }
+        });
+        if pass.writers == Writers::Running && size > 0 {
+            match (sys::protect_mapped_pages(&file), &mut counts) {
+                (Err(error), _) => tracing::debug!(path = %path.escape_ascii(), %error, "cannot write back"),
+                (Ok(()), Some(counts)) => counts.was_clean = true,
+                (Ok(()), None) => {}
+            }
         }
         self.send_entry(path.to_vec(), EntryKind::File { size, content }, node, status, pass)?;
         let mut sum = ContentSum::new(size);
-        let sent = content::send(&file, size, old, new, |offset, bytes| {
+        let sent = content::send(&file, size, old, new, counts.as_ref(), |offset, bytes| {
             sum.add(offset, bytes);
             pass.stats.bytes_sent += bytes.len() as u64;
             (pass.sink)(TreeItem::Data { offset, bytes: Bytes::copy_from_slice(bytes) })

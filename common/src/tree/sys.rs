@@ -175,6 +175,13 @@ pub(super) fn protect_mapped_pages(file: &File) -> io::Result<()> {
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Begins to write a file's dirty pages back, and does not wait.
+pub(super) fn begin_write_back(file: &File) {
+    // SAFETY: the call takes no pointer, and the descriptor is open while `file` is borrowed. A filesystem that can't is one that
+    // needs no write-back.
+    unsafe { libc::sync_file_range(file.as_fd().as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
+}
+
 /// The clock that inode times are taken from.
 pub(super) fn now() -> Timestamp {
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

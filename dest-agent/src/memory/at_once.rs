@@ -135,8 +135,7 @@ impl Task {
     /// Writes one page, also into an area that the task may not write now, like the relocated parts of a program (`FOLL_FORCE`,
     /// mem_rw in fs/proc/base.c).
     ///
-    /// Unlike process_vm_writev(2) this does not wait where a page is to come later: `access_remote_vm` fails. The other would
-    /// have the filler bring it, which then frees the very slot that is about to be written from.
+    /// Unlike process_vm_writev(2) this does not wait where a page is to come later: `access_remote_vm` fails.
     fn write(&self, address: u64, content: &[u8]) -> io::Result<()> {
         self.mem.write_all_at(content, address)
     }

@@ -21,6 +21,8 @@ pub enum Message {
     Restored,
     /// An address space is complete, or has ended: its descriptor is not needed any more.
     Done(SpaceId),
+    /// A connection to fetch pages over; it has the place of the one before.
+    Fetch(OwnedFd),
 }
 
 /// One end.
@@ -46,6 +48,7 @@ impl Channel {
             Message::Go => (2, 0, None),
             Message::Restored => (3, 0, None),
             Message::Done(space) => (4, *space, None),
+            Message::Fetch(fd) => (5, 0, Some(fd.as_fd())),
         };
         let mut bytes = [kind; 9];
         bytes[1..].copy_from_slice(&space.to_le_bytes());
@@ -74,6 +77,7 @@ impl Channel {
             (2, None) => Message::Go,
             (3, None) => Message::Restored,
             (4, None) => Message::Done(space),
+            (5, Some(fd)) => Message::Fetch(fd),
             (kind, _) => return Err(io::Error::other(format!("message {kind} between keeper and worker"))),
         }))
     }

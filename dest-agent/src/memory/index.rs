@@ -5,7 +5,7 @@
 //! ```
 
 use std::fs::File;
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufReader, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -58,20 +58,6 @@ impl Index {
         }
     }
 
-    /// Writes one.
-    pub fn write(to: &mut impl Write, ranges: &[Range<u64>], slots: &[u32]) -> io::Result<()> {
-        to.write_all(&(ranges.len() as u64).to_le_bytes())?;
-        for range in ranges {
-            to.write_all(&range.start.to_le_bytes())?;
-            to.write_all(&range.end.to_le_bytes())?;
-        }
-        let mut bytes = vec![0; slots.len() * 4];
-        for (four, slot) in bytes.chunks_exact_mut(4).zip(slots) {
-            four.copy_from_slice(&slot.to_le_bytes());
-        }
-        to.write_all(&bytes)
-    }
-
     /// Reads one.
     pub fn read(path: &Path) -> io::Result<Self> {
         let bytes = std::fs::read(path)?;
@@ -118,6 +104,38 @@ impl Index {
     }
 }
 
+/// Makes an index.
+pub struct IndexWriter {
+    bytes: Vec<u8>,
+    head: usize,
+}
+
+impl IndexWriter {
+    /// For these ranges, in order. A slot for each of their pages comes next.
+    pub fn begin(ranges: &[Range<u64>]) -> Self {
+        let head = 8 + 16 * ranges.len();
+        let pages: u64 = ranges.iter().map(|range| range.end - range.start).sum();
+        let mut bytes = Vec::with_capacity(head + usize::try_from(pages).unwrap_or(0).min(MOST_AT_ONCE) * 4);
+        bytes.extend((ranges.len() as u64).to_le_bytes());
+        bytes.extend(ranges.iter().flat_map(|range| [range.start, range.end]).flat_map(u64::to_le_bytes));
+        Self { bytes, head }
+    }
+
+    /// The slot of the next page.
+    pub fn push(&mut self, slot: u32) {
+        self.bytes.extend_from_slice(&slot.to_le_bytes());
+    }
+
+    /// Writes it; how many pages it has.
+    pub fn write(self, path: &Path) -> io::Result<u64> {
+        std::fs::write(path, &self.bytes)?;
+        Ok((self.bytes.len() - self.head) as u64 / 4)
+    }
+}
+
+/// Pages that room is made for before they come: the ranges are a peer's word. 64 GiB.
+const MOST_AT_ONCE: usize = 16 << 20;
+
 fn split_u64(bytes: &[u8]) -> Option<(u64, &[u8])> {
     let (eight, rest) = bytes.split_at_checked(8)?;
     Some((u64::from_le_bytes(eight.try_into().ok()?), rest))
@@ -129,8 +147,9 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let mut bytes = Vec::new();
-        Index::write(&mut bytes, &[5..7, 9..10], &[1, ZERO, 3 | SHARED]).expect("writes");
+        let mut writer = IndexWriter::begin(&[5..7, 9..10]);
+        [1, ZERO, 3 | SHARED].into_iter().for_each(|slot| writer.push(slot));
+        let bytes = writer.bytes;
         let index = Index::parse(&bytes).expect("reads");
         assert_eq!(index.ranges, [(5..7, 0), (9..10, 2)]);
         assert_eq!(index.slots, [1, ZERO, 3 | SHARED]);

@@ -28,10 +28,16 @@ const EARLY_END: Duration = Duration::from_millis(5);
 /// not in place yet.
 const AFTER_FAILURE: Duration = Duration::from_millis(200);
 
+/// The socket, in the store's directory, where the agent passes on a connection of the source's.
+pub const FETCH_SOCKET: &str = "fetch.sock";
+
 /// See the module.
 pub struct Keeper {
     dir: PathBuf,
     listener: Option<UnixListener>,
+    fetches: UnixListener,
+    /// A connection that came before there was a worker.
+    fetch: Option<OwnedFd>,
     criu: Option<UnixStream>,
     agent: Option<io::Stdin>,
     worker: Option<(Child, Channel)>,
@@ -44,6 +50,7 @@ pub struct Keeper {
 
 enum Ready {
     Agent,
+    Fetch,
     Criu,
     Worker,
 }
@@ -51,10 +58,15 @@ enum Ready {
 impl Keeper {
     /// Listens at `socket` for CRIU. The store is in `dir`.
     pub fn bind(dir: &Path, socket: &Path) -> io::Result<Self> {
-        let _ = std::fs::remove_file(socket);
+        let fetch = dir.join(FETCH_SOCKET);
+        for socket in [socket, &fetch] {
+            let _ = std::fs::remove_file(socket);
+        }
         Ok(Self {
             dir: dir.to_owned(),
             listener: Some(UnixListener::bind(socket)?),
+            fetches: UnixListener::bind(&fetch)?,
+            fetch: None,
             criu: None,
             agent: Some(io::stdin()),
             worker: None,
@@ -92,6 +104,7 @@ impl Keeper {
                 Ready::Agent => self.agent()?,
                 Ready::Criu => self.criu()?,
                 Ready::Worker => self.worker()?,
+                Ready::Fetch => self.fetch()?,
             };
             if !go_on {
                 return Ok(false);
@@ -116,6 +129,8 @@ impl Keeper {
             polled.push(PollFd::new(channel.as_fd(), PollFlags::POLLIN));
             kinds.push(Ready::Worker);
         }
+        polled.push(PollFd::new(self.fetches.as_fd(), PollFlags::POLLIN));
+        kinds.push(Ready::Fetch);
         match poll(&mut polled, PollTimeout::NONE) {
             Ok(_) => {}
             Err(nix::errno::Errno::EINTR) => return Ok(Vec::new()),
@@ -196,6 +211,18 @@ impl Keeper {
         Ok(true)
     }
 
+    /// A connection to fetch pages over. It is the worker's alone: with the worker it ends.
+    fn fetch(&mut self) -> io::Result<bool> {
+        let (connection, _) = self.fetches.accept()?;
+        match &self.worker {
+            Some((_, channel)) => {
+                let _ = channel.send(&Message::Fetch(connection.into()));
+            }
+            None => self.fetch = Some(connection.into()),
+        }
+        Ok(true)
+    }
+
     fn worker(&mut self) -> io::Result<bool> {
         let Some((child, channel)) = &mut self.worker else { return Ok(true) };
         match channel.receive() {
@@ -240,6 +267,9 @@ impl Keeper {
         }
         if self.restored {
             ours.send(&Message::Restored)?;
+        }
+        if let Some(fetch) = self.fetch.take() {
+            ours.send(&Message::Fetch(fetch))?;
         }
         tracing::debug!(pid = child.id(), channel = ours.as_fd().as_raw_fd(), "a filler was started");
         self.worker = Some((child, ours));

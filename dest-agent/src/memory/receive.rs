@@ -3,19 +3,23 @@
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use longhaul_common::pages::{
-    Buffers, FrameError, HEADER, HELLO, Header, Hello, Kind, MAX_STREAMS, MAX_TEXT, RECORD, Record, Reply, What,
-    checksum, decode_records,
+    Buffers, FrameError, HEADER, HELLO, Header, Hello, Kind, MAX_STREAMS, MAX_TEXT, OBJECTS, Object, RECORD, Record,
+    Reply, What, checksum, decode_records,
 };
 use longhaul_common::tls::TlsConnection;
+use prost::Message;
 use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
 
+use super::common::{COMMON, CommonRun, NotCommon};
 use super::index::Due;
+use super::objects::{HandOut, ObjectError, Objects};
 use super::store::{PageStore, StoreError, Writes};
 
 /// Frames between the connection and the thread that stores them: one to decrypt, one to store, and two for their
@@ -39,6 +43,9 @@ pub enum ReceiveError {
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Shared memory.
+    #[error(transparent)]
+    Object(#[from] ObjectError),
     /// A frame out of order.
     #[error("the page connection sent frame {got} where {expected} was due")]
     Order {
@@ -75,14 +82,25 @@ pub struct Memory {
 /// What all streams share.
 #[derive(Debug)]
 struct Shared {
-    /// Nothing once the migration has ended.
+    /// Nothing once no more is taken.
     store: Option<PageStore>,
+    /// Then those of the store.
+    objects: Objects,
     content: HashMap<(u32, Due), Vec<Range<u64>>>,
     ranges: usize,
     /// Streams that have said that this is all.
     ended: u32,
-    /// The pages that count, once all of them are here and the indexes are written.
-    arrived: Option<u64>,
+    /// Once all pages that count are here and the indexes are written.
+    arrived: Option<Arrived>,
+}
+
+/// Memory that is here.
+#[derive(Debug, Clone, Default)]
+pub struct Arrived {
+    /// The pages that count.
+    pub pages: u64,
+    /// Where address spaces do not have what is in common, if anything is.
+    pub not_common: Option<NotCommon>,
 }
 
 /// One of the streams, over however many connections.
@@ -92,6 +110,8 @@ struct Stream {
     last: u64,
     /// The latest connection.
     connection: u64,
+    /// A frame could not be stored: nothing more is taken.
+    failed: bool,
 }
 
 impl Stream {
@@ -100,6 +120,9 @@ impl Stream {
     fn is_due(&self, connection: u64, sequence: u64) -> Result<bool, ReceiveError> {
         if self.connection != connection {
             return Err(ReceiveError::Replaced);
+        }
+        if self.failed {
+            return Err(ReceiveError::NotDue);
         }
         if sequence > self.last + 1 {
             return Err(ReceiveError::Order { got: sequence, expected: self.last + 1 });
@@ -111,7 +134,14 @@ impl Stream {
 impl Memory {
     /// Into a store that is empty.
     pub fn new(store: PageStore) -> Arc<Self> {
-        let shared = Shared { store: Some(store), content: HashMap::new(), ranges: 0, ended: 0, arrived: None };
+        let shared = Shared {
+            store: Some(store),
+            objects: Objects::default(),
+            content: HashMap::new(),
+            ranges: 0,
+            ended: 0,
+            arrived: None,
+        };
         Arc::new(Self { shared: Mutex::new(shared), streams: std::array::from_fn(|_| Mutex::default()) })
     }
 
@@ -125,27 +155,49 @@ impl Memory {
     }
 
     /// A new connection takes the place of the one before; its number, and the last frame that is stored.
-    fn connect(&self, stream: u32) -> Result<(u64, u64), ReceiveError> {
+    pub fn connect(&self, stream: u32) -> Result<(u64, u64), ReceiveError> {
         let mut stream = self.stream(stream)?;
         stream.connection += 1;
         Ok((stream.connection, stream.last))
     }
 
-    fn apply(&self, stream: u32, connection: u64, frame: &Frame) -> Result<(), ReceiveError> {
+    /// Stores what a connection of a stream brought.
+    pub fn apply(&self, stream: u32, connection: u64, frame: &Frame) -> Result<(), ReceiveError> {
         let mut stream = self.stream(stream)?;
         if !stream.is_due(connection, frame.header.sequence)? {
             return Ok(());
         }
         // Contents are written while other streams may use the store: no other stream has these pages.
-        let writes = self.shared().apply(frame)?;
-        writes.write(&frame.data)?;
-        stream.last = frame.header.sequence;
-        Ok(())
+        let mut shared = self.shared();
+        let done = shared.apply(frame).and_then(|writes| {
+            let at_once = writes.must_be_done_at_once();
+            let kept = if at_once {
+                Some(shared)
+            } else {
+                drop(shared);
+                None
+            };
+            let written = writes.write(&frame.data);
+            drop(kept);
+            Ok(written?)
+        });
+        match &done {
+            Ok(()) => stream.last = frame.header.sequence,
+            // What was done of it must not be done twice.
+            Err(_) => stream.failed = true,
+        }
+        done
     }
 
-    /// How many pages count, if all of them are here.
-    pub fn finish(&self) -> Result<u64, ReceiveError> {
-        self.shared().arrived.ok_or(ReceiveError::NotDue)
+    /// What has arrived, if that is all.
+    pub fn finish(&self) -> Result<Arrived, ReceiveError> {
+        self.shared().arrived.clone().ok_or(ReceiveError::NotDue)
+    }
+
+    /// What tasks have in common, as far as it is here.
+    pub fn find_common(&self) -> Result<Vec<CommonRun>, ReceiveError> {
+        let mut shared = self.shared();
+        Ok(shared.store.as_mut().ok_or(ReceiveError::NotDue)?.find_common()?)
     }
 
     /// Bytes that lie in the store.
@@ -153,29 +205,52 @@ impl Memory {
         self.shared().store.as_ref().map_or(0, PageStore::bytes)
     }
 
+    /// Gives CRIU the memory that tasks share, once this is closed.
+    pub fn hand_out(&self, images: &Path) -> Result<HandOut, ReceiveError> {
+        Ok(self.shared().objects.hand_out(images)?)
+    }
+
     /// Takes no more, and lets the store go: what it wrote stays, if it is not removed.
     pub fn close(&self) {
-        self.shared().store = None;
+        let mut shared = self.shared();
+        if let Some(store) = shared.store.take() {
+            shared.objects = store.into_objects();
+        }
     }
 }
 
 impl Shared {
     /// Writes the indexes. Nothing may be missing.
-    fn write_indexes(&self) -> Result<u64, ReceiveError> {
+    fn write_indexes(&self) -> Result<Arrived, ReceiveError> {
         let store = self.store.as_ref().ok_or(ReceiveError::NotDue)?;
         let mut pages = 0;
         for ((space, due), ranges) in &self.content {
             pages += store.write_index(*due, *space, ranges)?;
         }
-        Ok(pages)
+        store.write_owed()?;
+        // What is due at once is put in place whether something is there or not.
+        let later = self.content.iter().filter(|((space, due), _)| *space < OBJECTS && *due == Due::Later);
+        let not_common = later.map(|((space, _), content)| (*space, store.not_common(*space, content)));
+        let not_common = store.has_common().then(|| not_common.collect());
+        Ok(Arrived { pages, not_common })
     }
 
     /// Takes a frame in; what is to be written of its content.
     fn apply(&mut self, frame: &Frame) -> Result<Writes, ReceiveError> {
         let store = self.store.as_mut().filter(|_| self.arrived.is_none()).ok_or(ReceiveError::NotDue)?;
         let space = frame.header.space;
+        if space == COMMON {
+            return Err(FrameError::Field { what: "address space", got: space.into() }.into());
+        }
         match frame.header.kind {
             Kind::Batch => return Ok(store.apply(space, &frame.records)?),
+            Kind::Object => {
+                if space < OBJECTS {
+                    return Err(FrameError::Field { what: "object", got: space.into() }.into());
+                }
+                let about = Object::decode(frame.data.as_slice()).map_err(|_| FrameError::Object)?;
+                store.objects().declare(space, about)?;
+            }
             Kind::Content => self.add_content(space, &frame.records)?,
             Kind::Forget => store.forget(space),
             Kind::End => {
@@ -187,7 +262,7 @@ impl Shared {
                 }
             }
         }
-        Ok(Writes::none())
+        Ok(Writes::default())
     }
 
     fn add_content(&mut self, space: u32, records: &[Record]) -> Result<(), ReceiveError> {
@@ -208,11 +283,25 @@ impl Shared {
     }
 }
 
-struct Frame {
+/// A frame that is sound.
+#[derive(Debug)]
+pub struct Frame {
     header: Header,
     records: Vec<Record>,
     /// Unpacked.
     data: Vec<u8>,
+}
+
+impl Frame {
+    /// Its address space, its records, and the content of its pages.
+    pub fn parts(&self) -> (u32, &[Record], &[u8]) {
+        (self.header.space, &self.records, &self.data)
+    }
+
+    /// Whether it brings pages.
+    pub fn is_batch(&self) -> bool {
+        self.header.kind == Kind::Batch
+    }
 }
 
 /// Reads a connection's hello.
@@ -297,7 +386,8 @@ async fn acknowledge(
     Ok(())
 }
 
-fn check(header: Header, records: &[u8], payload: Vec<u8>) -> Result<Frame, ReceiveError> {
+/// Unpacks a frame and checks it.
+pub fn check(header: Header, records: &[u8], payload: Vec<u8>) -> Result<Frame, ReceiveError> {
     let data = if header.packed {
         let unpacked = zstd::bulk::decompress(&payload, header.raw as usize);
         unpacked.ok().filter(|data| data.len() == header.raw as usize).ok_or(FrameError::Packed(header.sequence))?

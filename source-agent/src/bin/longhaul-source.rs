@@ -9,13 +9,14 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Parser;
 use longhaul_common::config::{self, SourceConfig};
-use longhaul_common::daemon::{say_ready, told_to_end};
+use longhaul_common::daemon::{Alone, say_ready, told_to_end};
 use longhaul_common::host::Capabilities;
 use longhaul_common::journal::Journal;
 use longhaul_common::layers::LayerDigests;
 use longhaul_common::telemetry;
 use longhaul_common::tls::Identity;
 use longhaul_source::jobs::Jobs;
+use longhaul_source::memory::{soft_dirty, throttle};
 use longhaul_source::migration::{Calibration, Env};
 use longhaul_source::record;
 use longhaul_source::service::AgentService;
@@ -51,10 +52,17 @@ async fn run(cli: &Cli) -> Result<()> {
     let path = cli.config.clone().unwrap_or_else(|| config::SOURCE_FILE.into());
     let config: SourceConfig = config::load(&path, cli.config.is_some())?;
     let identity = Identity::load(&config.tls)?;
+    // First of all: a second agent by mistake must not undo what the first is doing.
+    let _alone = Alone::in_directory(&config.paths.state.join("source"))
+        .with_context(|| format!("another source agent uses {}", config.paths.state.display()))?;
     std::fs::create_dir_all(&config.paths.run).with_context(|| format!("create {}", config.paths.run.display()))?;
     let run = config.paths.run.join("source");
     let memory = longhaul_common::memory_dir::mount(&run)?;
     let journal = Journal::open(config.paths.state.join("source"))?;
+    let throttled = Journal::open(config.paths.state.join("throttled"))?;
+    throttle::recover(&throttled);
+    let paused = Journal::open(config.paths.state.join("paused"))?;
+    soft_dirty::recover(&paused, |migration| journal.read::<record::Record>(migration).is_some());
     let open = record::recover(&journal, &config.engine.runtime(), &run).await;
     let socket = config.socket.clone().unwrap_or_else(|| config::AGENT_SOCKET.into());
     let env = Arc::new(Env {
@@ -64,6 +72,8 @@ async fn run(cli: &Cli) -> Result<()> {
         config,
         identity,
         journal,
+        throttled,
+        paused,
     });
     let jobs = Arc::new(Jobs::default());
     let service = AgentService::new(env, jobs.clone());

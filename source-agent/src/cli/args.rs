@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
-use crate::options::VolumeRule;
+use longhaul_common::pages::MAX_STREAMS;
+
+use crate::options::{Tuning, VolumeRule};
 
 /// Move a running container to another host; its clients stay connected.
 #[derive(Debug, Parser)]
@@ -89,11 +91,19 @@ pub struct MigrateArgs {
     #[arg(long, value_parser = rate, value_name = "RATE")]
     pub bandwidth: Option<u64>,
     /// Connections for memory, 1 to 8 [default: 2; 1 with --bandwidth]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_STREAMS)))]
     pub streams: Option<u32>,
     /// Have all memory in place before the container runs there, for a longer downtime
-    #[arg(long)]
+    #[arg(long, conflicts_with = "postcopy")]
     pub eager: bool,
+    /// Take processor time from the container, in steps, if it writes faster than can be copied; it has all of it back at its
+    /// destination, or where the move ends
+    #[arg(long)]
+    pub auto_converge: bool,
+    /// Let the container run there before all of its memory has come, which it then fetches: auto, if it writes faster than can be
+    /// copied; now, at once. Until all has come, the loss of either host is the loss of the container [default: never]
+    #[arg(long, value_enum, value_name = "WHEN")]
+    pub postcopy: Option<PostCopyChoice>,
     /// The log that an output by a pipe goes on in, there
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
@@ -115,6 +125,17 @@ pub enum TimeoutChoice {
     Abort,
     /// Freeze the container and go on
     Freeze,
+}
+
+/// Whether the container may run before all of its memory has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PostCopyChoice {
+    /// If it writes faster than can be copied
+    Auto,
+    /// Never
+    Never,
+    /// At once
+    Now,
 }
 
 /// What becomes of volumes.
@@ -145,6 +166,20 @@ pub enum Command {
     Cancel {
         /// Its container or its id; the only one under way, if left out
         which: Option<String>,
+    },
+    /// Change a move whose memory is being copied
+    Tune {
+        /// Its container or its id; the only one under way, if left out
+        which: Option<String>,
+        /// The downtime wanted
+        #[arg(long, value_parser = duration, value_name = "TIME")]
+        max_downtime: Option<Duration>,
+        /// The most bytes a second for memory (100M, 1G, unlimited)
+        #[arg(long, value_parser = rate_or_none, value_name = "RATE")]
+        bandwidth: Option<u64>,
+        /// Whether processor time may be taken from the container
+        #[arg(long, value_name = "on|off", value_parser = on_or_off)]
+        auto_converge: Option<bool>,
     },
     /// Show a migration in doubt, and what can be decided about it; with a choice, decide it
     Recover {
@@ -235,6 +270,19 @@ fn rate(text: &str) -> Result<u64, String> {
         Err(format!("{text:?} is no rate that can be kept"))
     } else {
         Ok(bytes as u64)
+    }
+}
+
+/// The same, or `unlimited`.
+fn rate_or_none(text: &str) -> Result<u64, String> {
+    if text == "unlimited" { Ok(Tuning::NO_LIMIT) } else { rate(text) }
+}
+
+fn on_or_off(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("{text:?} is neither `on` nor `off`")),
     }
 }
 

@@ -55,6 +55,23 @@ pub(super) fn doubt(doubt: &Doubt) -> String {
     let head = |word: &str, rest: &str| format!("{} {container} → {to}: {rest}", style(word).red().bold());
     let mut lines = Vec::new();
     match doubt.outcome {
+        Outcome::InDoubt if doubt.phase == "post-copy" => {
+            lines.push(head(
+                "in doubt",
+                &format!("{to} runs it, and a part of its memory is still here; there is no connection"),
+            ));
+            lines.push(format!("  here: {} tasks, frozen as they were when {to} took over", doubt.tasks_here));
+            lines.extend(doubt.error.iter().map(|error| format!("  last: {error}")));
+            lines.push(format!("Both hosts wait, and go on by themselves as soon as they reach each other. Only if {to} can't come back, decide:"));
+            lines.push(format!(
+                "  migrate recover {container} --keep-here   it goes on here as it was then: what it did on {to} since is lost. If {to} still runs it,\n\
+                 {:38}it runs twice until the two hosts talk again; {to} then stops its copy",
+                ""
+            ));
+            lines.push(format!(
+                "  migrate recover {container} --gone        it is ended here. Tasks on {to} that want what is missing there wait for ever"
+            ));
+        }
         Outcome::InDoubt => {
             lines.push(head("in doubt", &format!("it is not known whether {to} took the container")));
             lines.push(format!("  here: {} tasks, frozen; none of them runs until this is settled", doubt.tasks_here));

@@ -13,10 +13,10 @@ use tokio::net::UnixStream;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
-use super::args::{Cli, Command, Format, MigrateArgs, PkiCommand, TimeoutChoice, VolumeArgs, command};
+use super::args::{Cli, Command, Format, MigrateArgs, PkiCommand, PostCopyChoice, TimeoutChoice, VolumeArgs, command};
 use super::progress::Progress;
 use super::{exit, output};
-use crate::options::{Options, TimeoutAction};
+use crate::options::{Options, PostCopy, TimeoutAction, Tuning};
 use crate::report::{Doubt, Findings, Outcome, Report};
 
 /// Does what the command line says; the exit code.
@@ -28,6 +28,9 @@ pub async fn run(cli: Cli) -> Result<u8> {
         Some(Command::Check { container, to, volumes }) => check(socket, format, container, to, volumes).await,
         Some(Command::Status) => status(socket, format).await,
         Some(Command::Cancel { which }) => cancel(socket, which).await,
+        Some(Command::Tune { which, max_downtime, bandwidth, auto_converge }) => {
+            tune(socket, which, Tuning { max_downtime, bandwidth, auto_converge }).await
+        }
         Some(Command::Recover { which, keep_here, gone }) => {
             let decision = match (keep_here, gone) {
                 (true, _) => agent::Decision::KeepHere,
@@ -71,6 +74,12 @@ async fn migrate(socket: &Path, format: Format, args: MigrateArgs) -> Result<u8>
         max_downtime: args.max_downtime,
         max_rounds: args.max_rounds,
         eager: args.eager,
+        auto_converge: args.auto_converge,
+        postcopy: match args.postcopy {
+            None | Some(PostCopyChoice::Never) => PostCopy::Never,
+            Some(PostCopyChoice::Auto) => PostCopy::Auto,
+            Some(PostCopyChoice::Now) => PostCopy::Now,
+        },
     };
     let Some(mut client) = connect(socket).await else { return Ok(exit::NO_AGENT) };
     let request = agent::MigrateRequest { container, to, options: Some(options.into()) };
@@ -152,6 +161,21 @@ async fn cancel(socket: &Path, which: Option<String>) -> Result<u8> {
         Err(status) => Ok(refused(&status)),
         Ok(reply) => {
             println!("cancelling {}", reply.into_inner().migration_id);
+            Ok(exit::DONE)
+        }
+    }
+}
+
+async fn tune(socket: &Path, which: Option<String>, tuning: Tuning) -> Result<u8> {
+    if tuning == Tuning::default() {
+        eprintln!("migrate: say what to change: --max-downtime, --bandwidth or --auto-converge");
+        return Ok(exit::USAGE);
+    }
+    let Some(mut client) = connect(socket).await else { return Ok(exit::NO_AGENT) };
+    match client.tune(tuning.request(which.unwrap_or_default())).await {
+        Err(status) => Ok(refused(&status)),
+        Ok(reply) => {
+            println!("changed {}", reply.into_inner().migration_id);
             Ok(exit::DONE)
         }
     }

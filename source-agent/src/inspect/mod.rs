@@ -5,6 +5,9 @@ mod rootfs;
 mod sockets;
 mod stdio;
 mod tasks;
+mod tmpfs;
+
+pub use self::tmpfs::path_on_host;
 
 use std::path::{Path, PathBuf};
 
@@ -132,6 +135,8 @@ pub async fn inspect(
     let tasks = freezer.tasks()?;
     let stdio = stdio::examine(id, state.pid, &oci, options, &mut obstacles)?;
     tasks::examine(state.pid, &tasks, &stdio, &mut obstacles)?;
+    let tmpfs =
+        if tasks.iter().all(|pid| is_in_mntns_of(*pid, state.pid)) { tmpfs::find(state.pid)? } else { Vec::new() };
     let (network, ports, netns_key) = network(&oci, state.pid, &freezer, &mut obstacles)?;
     sockets::examine(state.pid, &tasks, matches!(network, Network::Host), &mut obstacles)?;
     let mut description = Description {
@@ -144,7 +149,8 @@ pub async fn inspect(
         volumes,
         network,
         stdio,
-        memory_bytes: tasks.iter().map(|&pid| tasks::memory_of(pid)).sum(),
+        memory_bytes: tasks::memory_of(&tasks) + tmpfs.iter().map(|found| found.bytes).sum::<u64>(),
+        tmpfs: tmpfs.into_iter().map(|found| found.tmpfs).collect(),
         disk_bytes: 0,
         single_cgroup: !freezer.is_nested()?,
         single_netns: netns_key.is_some() && tasks.iter().all(|pid| is_in_netns_of(*pid, state.pid)),
@@ -220,10 +226,18 @@ fn other_user(inode: u64, freezer: &Freezer) -> Option<i32> {
     entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()).find(|pid| is_foreign(*pid))
 }
 
-/// Whether two tasks are in one network namespace. One that has ended since is in none that matters.
 fn is_in_netns_of(pid: i32, other: i32) -> bool {
-    let netns = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/net"));
-    netns(pid).map_or(true, |link| netns(other).is_ok_and(|other| other == link))
+    share_namespace("net", pid, other)
+}
+
+fn is_in_mntns_of(pid: i32, other: i32) -> bool {
+    share_namespace("mnt", pid, other)
+}
+
+/// Whether two tasks are in one namespace. One that has ended since is in none that matters.
+fn share_namespace(kind: &str, pid: i32, other: i32) -> bool {
+    let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/{kind}"));
+    namespace(pid).map_or(true, |link| namespace(other).is_ok_and(|other| other == link))
 }
 
 /// Looks at a task that seems to be another user of the network, and the pause between them.
@@ -277,8 +291,15 @@ fn name_of(pid: i32) -> String {
 /// One line of a mountinfo file.
 struct MountLine<'a> {
     id: &'a str,
+    /// Major and minor number of the filesystem's device.
+    device: &'a str,
+    /// What of the filesystem is mounted.
+    root: String,
     mount_point: String,
+    /// Those of this mount.
+    options: &'a str,
     fstype: &'a str,
+    source: &'a str,
     super_options: &'a str,
 }
 
@@ -289,8 +310,17 @@ fn mount_lines(text: &str) -> impl Iterator<Item = MountLine<'_>> {
         let left: Vec<&str> = left.split(' ').collect();
         let mut right = right.splitn(3, ' ');
         let fstype = right.next()?;
-        let super_options = right.nth(1)?;
-        Some(MountLine { id: left.first()?, mount_point: unescape(left.get(4)?), fstype, super_options })
+        let (source, super_options) = (right.next()?, right.next()?);
+        Some(MountLine {
+            id: left.first()?,
+            device: left.get(2)?,
+            root: unescape(left.get(3)?),
+            mount_point: unescape(left.get(4)?),
+            options: left.get(5)?,
+            fstype,
+            source,
+            super_options,
+        })
     })
 }
 

@@ -1,6 +1,6 @@
 //! A container's tasks: what they hold that CRIU can't save.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use longhaul_common::description::{Stdio, StdioTarget};
@@ -8,6 +8,7 @@ use longhaul_common::obstacle::Obstacle;
 
 use super::stdio::FdInfo;
 use super::{InspectError, mount_lines, name_of, read_proc};
+use crate::memory::maps::{Areas, Device};
 
 /// Kinds of anonymous files CRIU 4.2 can't save, and what to do about each.
 const UNSUPPORTED: [(&str, &str, &str); 7] = [
@@ -147,12 +148,28 @@ fn push_once(obstacles: &mut Vec<Obstacle>, obstacle: Obstacle) {
     }
 }
 
-/// The memory a task has in use, in bytes; what is shared counts by parts.
-pub(super) fn memory_of(pid: i32) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
-    let kib =
-        text.lines().find_map(|line| line.strip_prefix("Pss:")?.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kib.unwrap_or(0) << 10
+/// The memory that tasks have in use, in bytes: of each what it has alone and its part of what it has in common with others, and
+/// whole what they share, which may have more pages than any of them has in its page tables.
+pub(super) fn memory_of(tasks: &[i32]) -> u64 {
+    let own = tasks.iter().map(|pid| {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+        let kib = |name: &str| {
+            let figure =
+                text.lines().find_map(|line| line.strip_prefix(name)?.trim().strip_suffix(" kB")?.parse().ok());
+            figure.unwrap_or(0u64)
+        };
+        kib("Pss:").saturating_sub(kib("Pss_Shmem:")) << 10
+    });
+    let mut shared = BTreeMap::new();
+    let device = Device::of_this_host().ok();
+    for (pid, device) in tasks.iter().zip(device.iter().cycle()) {
+        for area in Areas::of(*pid, device).unwrap_or_default().shared {
+            let path = format!("/proc/{pid}/map_files/{:x}-{:x}", area.start, area.end);
+            let bytes = || std::fs::metadata(path).map_or(0, |about| about.blocks() * 512);
+            shared.entry(area.inode).or_insert_with(bytes);
+        }
+    }
+    own.chain(shared.into_values()).sum()
 }
 
 #[cfg(test)]

@@ -5,15 +5,25 @@ use std::fmt::Write;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use longhaul_common::host::CriuVersion;
 use longhaul_common::sys::memory::PAGE;
 
-use super::maps::{Area, early_pages, intersection};
-use super::tracker::Frozen;
+use super::maps::{Area, early_pages, intersection, union};
+use super::tracker::Looked;
 
 /// The environment variable that names the table.
 const VARIABLE: &str = "LONGHAUL_FILTER";
 /// The first line of the table and of the answer.
-const VERSION: &str = "longhaul-filter 1";
+const VERSION: &str = "longhaul-filter 2";
+
+/// Whether it is known what a CRIU wants of smaps: `parse_smaps` of 4.2 takes the first line of each area, and its flags. One that
+/// wants more must not be given less.
+pub fn knows_smaps_of(criu: CriuVersion) -> bool {
+    criu.same_format(CriuVersion(40200))
+}
+
+/// The first word of lines about shared memory.
+const OBJECT: &str = "object";
 
 /// The table's file.
 pub fn table_path(dir: &Path) -> PathBuf {
@@ -35,11 +45,20 @@ pub struct Hidden {
     content: [Vec<Area>; 2],
 }
 
-/// Writes the table for a frozen container: all areas the tracker followed but the pages that are needed early.
-pub fn write_table(dir: &Path, frozen: &[Frozen]) -> io::Result<Vec<Hidden>> {
+/// Writes what CRIU is to read instead of a frozen task's smaps. Before the table: CRIU begins as soon as that is there.
+pub fn write_smaps(dir: &Path, pid: i32, summary: &str) -> io::Result<()> {
+    std::fs::write(format!("{}.smaps.{pid}", table_path(dir).display()), summary)
+}
+
+/// Writes the table for a frozen container: all areas the tracker followed but the pages that are needed early, and shared memory.
+pub fn write_table(dir: &Path, looked: &Looked) -> io::Result<Vec<Hidden>> {
     let mut text = format!("{VERSION}\n");
     let mut all = Vec::new();
-    for task in frozen {
+    for object in &looked.objects {
+        // Writing to a string can't fail.
+        let _ = writeln!(text, "{OBJECT} {:x} {:x}", object.device, object.inode);
+    }
+    for task in &looked.tasks {
         let areas = without_pages(&task.followed, &early_pages(task.pid)?);
         for range in &areas {
             // Writing to a string can't fail.
@@ -73,49 +92,70 @@ pub enum Told {
     },
 }
 
-/// Compares what CRIU's library says it left out with what it had to.
-pub fn told(dir: &Path, hidden: &[Hidden]) -> Told {
-    let expected = |hidden: &Hidden| pages_in(&hidden.areas, &hidden.content);
-    let Some(told) = read_told(dir) else {
-        let nothing = hidden.iter().all(|hidden| expected(hidden) == 0);
-        return if nothing { Told::Everything } else { Told::Nothing };
-    };
-    for hidden in hidden {
-        let expected = expected(hidden);
-        let ranges = told.get(&hidden.pid).map(Vec::as_slice).unwrap_or_default();
-        let told = pages_in(ranges, &hidden.content);
-        if told != expected {
-            return Told::Part { pid: hidden.pid, told, expected };
-        }
-    }
-    Told::Everything
+/// What CRIU's library says it did.
+#[derive(Debug, Default)]
+pub struct Said {
+    /// The areas it left out, by task, in order and without overlaps; nothing, if it was not asked.
+    left_out: Option<BTreeMap<i32, Vec<Area>>>,
+    /// Tasks whose smaps it replaced, because of [`write_smaps`].
+    pub smaps: usize,
+    /// Shared memory it left out, by inode.
+    pub objects: Vec<u64>,
 }
 
-/// The areas CRIU's library left out, by task, in order and without overlaps.
-fn read_told(dir: &Path) -> Option<BTreeMap<i32, Vec<Area>>> {
-    let text = std::fs::read_to_string(format!("{}.told", table_path(dir).display())).ok()?;
-    let mut lines = text.lines();
-    if lines.next() != Some(VERSION) {
-        return None;
+impl Said {
+    /// Reads it.
+    pub fn read(dir: &Path) -> Self {
+        let text = std::fs::read_to_string(format!("{}.told", table_path(dir).display()));
+        text.ok().and_then(|text| Self::parse(&text)).unwrap_or_default()
     }
-    let mut told: BTreeMap<i32, Vec<Area>> = BTreeMap::new();
-    for line in lines {
-        let (pid, range) = line.split_once(' ')?;
-        let (start, end) = range.split_once(' ')?;
-        let range = u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?;
-        told.entry(pid.parse().ok()?).or_default().push(range);
-    }
-    // CRIU may ask for an area more than once.
-    for ranges in told.values_mut() {
-        ranges.sort_unstable_by_key(|range| range.start);
-        let mut reached = 0;
-        for range in ranges.iter_mut() {
-            range.start = range.start.max(reached);
-            range.end = range.end.max(range.start);
-            reached = range.end;
+
+    fn parse(text: &str) -> Option<Self> {
+        if text.lines().next() != Some(VERSION) {
+            return None;
         }
+        // CRIU saves namespaces in processes of their own, and each says it anew.
+        let lines = text.lines().filter(|line| *line != VERSION);
+        let mut said = Self::default();
+        let mut left_out: BTreeMap<i32, Vec<Area>> = BTreeMap::new();
+        for line in lines {
+            let (subject, rest) = line.split_once(' ')?;
+            let numbers = rest.split_once(' ').map(|(one, other)| (number(one), number(other)));
+            match (subject, numbers) {
+                ("smaps", _) => said.smaps += 1,
+                (OBJECT, Some((_, inode))) => said.objects.push(inode?),
+                (pid, Some((start, end))) => left_out.entry(pid.parse().ok()?).or_default().push(start?..end?),
+                _ => return None,
+            }
+        }
+        // CRIU may ask more than once.
+        said.objects.sort_unstable();
+        said.objects.dedup();
+        said.left_out = Some(left_out.into_iter().map(|(pid, ranges)| (pid, union(ranges))).collect());
+        Some(said)
     }
-    Some(told)
+
+    /// Compares what was left out with what had to be.
+    pub fn compare(&self, hidden: &[Hidden]) -> Told {
+        let expected = |hidden: &Hidden| pages_in(&hidden.areas, &hidden.content);
+        let Some(told) = &self.left_out else {
+            let nothing = hidden.iter().all(|hidden| expected(hidden) == 0);
+            return if nothing { Told::Everything } else { Told::Nothing };
+        };
+        for hidden in hidden {
+            let expected = expected(hidden);
+            let ranges = told.get(&hidden.pid).map(Vec::as_slice).unwrap_or_default();
+            let told = pages_in(ranges, &hidden.content);
+            if told != expected {
+                return Told::Part { pid: hidden.pid, told, expected };
+            }
+        }
+        Told::Everything
+    }
+}
+
+fn number(text: &str) -> Option<u64> {
+    u64::from_str_radix(text, 16).ok()
 }
 
 fn without_pages(areas: &[Area], pages: &[u64]) -> Vec<Area> {
@@ -158,11 +198,17 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let content = [vec![0x1000..0x3000], vec![0x3000..0x5000]];
         let hidden = [Hidden { pid: 5, areas: vec![0x1000..0x8000], content }];
-        assert_eq!(told(dir.path(), &hidden), Told::Nothing);
+        let told = |hidden: &[Hidden]| Said::read(dir.path()).compare(hidden);
+        assert_eq!(told(&hidden), Told::Nothing);
         let told_file = dir.path().join("filter.told");
-        std::fs::write(&told_file, "longhaul-filter 1\n5 1000 3000\n6 0 1000\n5 2000 8000\n").expect("writes");
-        assert_eq!(told(dir.path(), &hidden), Told::Everything);
-        std::fs::write(&told_file, "longhaul-filter 1\n5 1000 3000\n").expect("writes");
-        assert_eq!(told(dir.path(), &hidden), Told::Part { pid: 5, told: 2, expected: 4 });
+        std::fs::write(
+            &told_file,
+            "longhaul-filter 2\n5 1000 3000\nsmaps 5\n6 0 1000\nlonghaul-filter 2\nobject 1 ff\n5 2000 8000\nobject 1 ff\n",
+        )
+        .expect("writes");
+        let said = Said::read(dir.path());
+        assert_eq!((told(&hidden), said.smaps, said.objects), (Told::Everything, 1, vec![0xff]));
+        std::fs::write(&told_file, "longhaul-filter 2\n5 1000 3000\n").expect("writes");
+        assert_eq!(told(&hidden), Told::Part { pid: 5, told: 2, expected: 4 });
     }
 }

@@ -1,17 +1,18 @@
-//! Several page connections side by side: one keeps at most a core of each host busy. A page belongs to one lane for good, so that its contents arrive in the order they were sent.
+//! Several page connections side by side: one keeps at most a core of each host busy. A page belongs to one lane for good,
+//! so that its contents arrive in the order they were sent.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::future::try_join_all;
-use longhaul_common::pages::{Buffers, MAX_STREAMS};
+use longhaul_common::pages::{Buffers, MAX_STREAMS, OBJECTS, Object};
 use longhaul_common::sys::memory::PAGE;
 use longhaul_common::tls::{Identity, PeerAddress};
 
-use super::link::{Link, LinkError, Meter};
+use super::link::{Link, LinkError, Meter, Pacer};
 use super::precopy::MemoryError;
-use super::pump::{Pump, PumpError, Pumped, Tasks};
-use super::tracker::{Frozen, SpacePages};
+use super::pump::{Pump, PumpError, Pumped, Stop, Tasks};
+use super::tracker::{Content, SpacePages};
 
 /// Bytes of neighbouring pages that stay together: a huge page.
 const BLOCK: u64 = 2 << 20;
@@ -43,7 +44,10 @@ struct Lane {
 }
 
 /// See the module.
-pub struct Lanes(Vec<Lane>);
+pub struct Lanes {
+    all: Vec<Lane>,
+    stop: Stop,
+}
 
 impl Lanes {
     /// Connects all of them.
@@ -53,32 +57,53 @@ impl Lanes {
         migration: &str,
         allowed: Allowed,
     ) -> Result<Self, LinkError> {
-        let count = allowed.lanes();
+        let (count, stop) = (allowed.lanes(), Stop::default());
         let limit = allowed.bandwidth.map(|limit| limit / u64::from(count));
         let lanes = (0..count).map(async |stream| {
             let buffers = Buffers::default();
             let link = Link::connect(identity, address, (migration, stream), limit, buffers.clone()).await?;
             // Packing would spend a core of a host that is to be spared.
-            let pump = Pump::new(buffers, link.in_flight(), allowed.bandwidth.is_none());
+            let pump = Pump::new(buffers, link.link_pace(), allowed.bandwidth.is_none(), count, stop.clone());
             Ok::<_, LinkError>(Lane { pump: Arc::new(Mutex::new(pump)), link })
         });
-        Ok(Self(try_join_all(lanes).await?))
+        let all = try_join_all(lanes).await?;
+        Ok(Self { all, stop })
     }
 
     /// The container is frozen: from now on as fast as they can, and without patience.
     pub fn hurry(&self) {
-        self.0.iter().for_each(|lane| lane.link.hurry());
+        self.all.iter().for_each(|lane| lane.link.hurry());
+    }
+
+    /// Changes how fast they may be together, until they have to hurry.
+    pub fn pacers(&self) -> Pacers {
+        Pacers(self.all.iter().map(|lane| lane.link.pacer()).collect())
     }
 
     /// Reads how much was sent.
     pub fn meter(&self) -> Meters {
-        Meters(self.0.iter().map(|lane| lane.link.meter()).collect())
+        Meters(self.all.iter().map(|lane| lane.link.meter()).collect())
+    }
+
+    /// Ends a round that is under way early, once it is set.
+    pub fn stop(&self) -> Stop {
+        self.stop.clone()
+    }
+
+    /// Names pages that the destination has to fetch later. What was sent of them before does not count any more.
+    pub async fn owe(&self, pages: &[SpacePages]) -> Result<(), MemoryError> {
+        let count = self.all.len() as u64;
+        let all = self.all.iter().enumerate().map(async |(number, lane)| {
+            let share = share(pages, number as u64, count);
+            lane.run(move |pump, link| pump.owe(&share, &link).map(|()| Pumped::default())).await
+        });
+        try_join_all(all).await.map(drop)
     }
 
     /// Sends pages, each over its lane, and waits until all are stored. On failure nothing says which of them are.
     pub async fn send(&self, pages: &[SpacePages], tasks: Tasks) -> Result<Pumped, MemoryError> {
-        let count = self.0.len() as u64;
-        let all = self.0.iter().enumerate().map(async |(number, lane)| {
+        let count = self.all.len() as u64;
+        let all = self.all.iter().enumerate().map(async |(number, lane)| {
             let share = share(pages, number as u64, count);
             lane.run(move |pump, link| pump.send(&share, tasks, &link)).await
         });
@@ -90,7 +115,7 @@ impl Lanes {
         if spaces.is_empty() {
             return Ok(());
         }
-        let all = self.0.iter().enumerate().map(async |(number, lane)| {
+        let all = self.all.iter().enumerate().map(async |(number, lane)| {
             let spaces = spaces.to_vec();
             let work = move |pump: &mut Pump, link| {
                 pump.forget(&spaces);
@@ -104,12 +129,25 @@ impl Lanes {
         try_join_all(all).await.map(drop)
     }
 
+    /// Tells the destination of shared memory before any of it comes, over whichever lane.
+    pub async fn declare(&self, objects: &[(u32, Object)]) -> Result<(), MemoryError> {
+        if objects.is_empty() {
+            return Ok(());
+        }
+        let all = self.all.iter().map(async |lane| {
+            let objects = objects.to_vec();
+            lane.run(move |pump, link| pump.declare(&objects, &link).map(|()| Pumped::default())).await
+        });
+        try_join_all(all).await.map(drop)
+    }
+
     /// Tells which pages count in the end, and that this is the end.
-    pub async fn finish(&self, tasks: &[Frozen]) -> Result<(), MemoryError> {
-        let count = self.0.len() as u32;
-        let all = self.0.iter().enumerate().map(async |(number, lane)| {
-            let tasks = if number == 0 { tasks.to_vec() } else { Vec::new() };
-            lane.run(move |pump, link| pump.finish(&tasks, count, &link).map(|()| Pumped::default())).await
+    pub async fn finish(&self, mut content: Vec<Content>) -> Result<(), MemoryError> {
+        let count = self.all.len() as u32;
+        // The first lane's.
+        let mut shares = self.all.iter().map(|_| std::mem::take(&mut content)).collect::<Vec<_>>().into_iter();
+        let all = self.all.iter().map(|lane| (lane, shares.next().unwrap_or_default())).map(async |(lane, content)| {
+            lane.run(move |pump, link| pump.finish(&content, count, &link).map(|()| Pumped::default())).await
         });
         try_join_all(all).await.map(drop)
     }
@@ -137,6 +175,18 @@ impl Lane {
     }
 }
 
+/// Changes how fast all lanes may be.
+#[derive(Debug, Clone)]
+pub struct Pacers(Vec<Pacer>);
+
+impl Pacers {
+    /// To so many bytes a second together; nothing for no limit.
+    pub fn set_limit(&self, limit: Option<u64>) {
+        let each = limit.map(|limit| (limit / self.0.len().max(1) as u64).max(1));
+        self.0.iter().for_each(|pacer| pacer.set_limit(each));
+    }
+}
+
 /// Reads how much all lanes have written.
 #[derive(Debug, Clone)]
 pub struct Meters(Vec<Meter>);
@@ -146,6 +196,11 @@ impl Meters {
     pub fn bytes(&self) -> u64 {
         self.0.iter().map(Meter::bytes).sum()
     }
+
+    /// Pages that were named so far and are stored.
+    pub fn stored_pages(&self) -> u64 {
+        self.0.iter().map(Meter::stored_pages).sum()
+    }
 }
 
 /// The pages of one lane.
@@ -154,9 +209,11 @@ fn share(pages: &[SpacePages], lane: u64, lanes: u64) -> Vec<SpacePages> {
         return pages.to_vec();
     }
     let of = |space: &SpacePages| {
-        let mine = |block: &Range<u64>| (block.start / BLOCK + u64::from(space.space)) % lanes == lane;
+        // The same addresses of all tasks over one lane, which alone knows what it has sent: a forked task's pages are often its parent's.
+        let shift = if space.space < OBJECTS { 0 } else { u64::from(space.space) };
+        let mine = |block: &Range<u64>| (block.start / BLOCK + shift) % lanes == lane;
         let ranges = space.ranges.iter().flat_map(|range| blocks(range.clone())).filter(mine).collect();
-        SpacePages { ranges, ..*space }
+        SpacePages { origin: space.origin.clone(), space: space.space, ranges }
     };
     pages.iter().map(of).collect()
 }
@@ -175,12 +232,16 @@ fn blocks(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tracker::Origin;
     use super::*;
 
     #[test]
     fn every_page_has_one_lane_and_keeps_it() {
-        let first =
-            SpacePages { pid: 1, space: 7, ranges: vec![PAGE..5 * BLOCK, 9 * BLOCK + PAGE..9 * BLOCK + 3 * PAGE] };
+        let first = SpacePages {
+            origin: Origin::Task(1),
+            space: 7,
+            ranges: vec![PAGE..5 * BLOCK, 9 * BLOCK + PAGE..9 * BLOCK + 3 * PAGE],
+        };
         let later = SpacePages { ranges: vec![2 * BLOCK - PAGE..2 * BLOCK + PAGE], ..first.clone() };
         let lane_of = |pages: &SpacePages, address: u64| {
             let has = |lane: &u64| {

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use longhaul_common::pages::{Buffers, Header, Hello, Kind, MAX_TEXT, REPLY, Reply, encode_records};
@@ -55,23 +55,49 @@ impl From<TlsError> for LinkError {
     }
 }
 
-/// Frames on their way.
+/// How fast a link is, once that has been seen.
 #[derive(Debug, Clone, Default)]
-pub struct InFlight(Arc<AtomicUsize>);
+pub struct LinkPace(Arc<AtomicU64>);
 
-impl InFlight {
-    /// One more.
-    pub fn add(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+impl LinkPace {
+    /// Bytes a second that were stored while more waited; nothing if none ever did.
+    pub fn get(&self) -> Option<f64> {
+        let pace = self.0.load(Ordering::Relaxed);
+        (pace > 0).then_some(pace as f64)
     }
 
-    fn remove(&self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+    fn set(&self, pace: f64) {
+        self.0.store((pace as u64).max(1), Ordering::Relaxed);
     }
+}
 
-    /// How many.
-    pub fn count(&self) -> usize {
-        self.0.load(Ordering::Relaxed)
+/// Measures it: over a time in which there was always something on its way.
+#[derive(Debug, Default)]
+struct Stopwatch {
+    pace: LinkPace,
+    since: Option<Instant>,
+    bytes: usize,
+}
+
+/// Over so long a time it is measured.
+const PACED_OVER: Duration = Duration::from_millis(40);
+/// With less than this on its way, in bytes, the link may be waiting for frames.
+const BACKLOG: usize = 512 << 10;
+
+impl Stopwatch {
+    /// So many bytes are stored, and so many are on their way.
+    fn stored(&mut self, bytes: usize, on_their_way: usize) {
+        let Some(since) = self.since.filter(|_| on_their_way >= BACKLOG) else {
+            self.since = (on_their_way >= BACKLOG).then(Instant::now);
+            self.bytes = 0;
+            return;
+        };
+        self.bytes += bytes;
+        let took = since.elapsed();
+        if took >= PACED_OVER {
+            self.pace.set(self.bytes as f64 / took.as_secs_f64());
+            (self.since, self.bytes) = (Some(Instant::now()), 0);
+        }
     }
 }
 
@@ -79,6 +105,8 @@ impl InFlight {
 #[derive(Debug, Clone, Default)]
 struct Progress {
     acknowledged: u64,
+    /// Pages that frames named which are acknowledged.
+    stored_pages: u64,
     /// Bytes written to the connection, headers included.
     wire_bytes: u64,
     failed: Option<LinkError>,
@@ -90,8 +118,8 @@ pub struct Link {
     frames: mpsc::Sender<Frame>,
     progress: watch::Receiver<Progress>,
     barrier: mpsc::Sender<watch::Sender<u64>>,
-    pace: watch::Sender<Pace>,
-    in_flight: InFlight,
+    pace: Arc<watch::Sender<Pace>>,
+    link_pace: LinkPace,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -103,6 +131,11 @@ impl Meter {
     /// Bytes so far, headers included.
     pub fn bytes(&self) -> u64 {
         self.0.borrow().wire_bytes
+    }
+
+    /// Pages that were named and are stored.
+    pub fn stored_pages(&self) -> u64 {
+        self.0.borrow().stored_pages
     }
 }
 
@@ -129,7 +162,8 @@ impl Link {
         let (barrier, barriers) = mpsc::channel(1);
         let (report, progress) = watch::channel(Progress::default());
         let (pace, paces) = watch::channel(Pace { limit, reconnect: RECONNECT_DEADLINE });
-        let in_flight = InFlight::default();
+        let stopwatch = Stopwatch::default();
+        let link_pace = stopwatch.pace.clone();
         let writer = Writer {
             dialer,
             queue,
@@ -139,13 +173,13 @@ impl Link {
             broken_since: None,
             unacknowledged: VecDeque::new(),
             unacknowledged_bytes: 0,
-            in_flight: in_flight.clone(),
+            stopwatch,
             buffers,
             sequence: last,
             not_before: Instant::now(),
         };
         let task = tokio::spawn(writer.run(connection));
-        Ok(Self { frames, progress, barrier, pace, in_flight, task })
+        Ok(Self { frames, progress, barrier, pace: Arc::new(pace), link_pace, task })
     }
 
     /// Where frames go.
@@ -153,14 +187,19 @@ impl Link {
         self.frames.clone()
     }
 
-    /// Counts the frames that were given to it and are not stored yet; who gives it frames adds them.
-    pub fn in_flight(&self) -> InFlight {
-        self.in_flight.clone()
+    /// How fast it is.
+    pub fn link_pace(&self) -> LinkPace {
+        self.link_pace.clone()
     }
 
     /// The container is frozen: from now on as fast as it can, and without patience.
     pub fn hurry(&self) {
         self.pace.send_replace(Pace { limit: None, reconnect: RECONNECT_FROZEN });
+    }
+
+    /// Changes how fast it may be, until it has to hurry.
+    pub fn pacer(&self) -> Pacer {
+        Pacer(self.pace.clone())
     }
 
     /// For others to read.
@@ -196,6 +235,17 @@ impl Link {
     }
 }
 
+/// Changes how fast a link may be.
+#[derive(Debug, Clone)]
+pub struct Pacer(Arc<watch::Sender<Pace>>);
+
+impl Pacer {
+    /// To so many bytes a second; nothing for no limit.
+    pub fn set_limit(&self, limit: Option<u64>) {
+        self.0.send_modify(|pace| pace.limit = limit);
+    }
+}
+
 /// How a link behaves.
 #[derive(Debug, Clone, Copy)]
 struct Pace {
@@ -206,15 +256,15 @@ struct Pace {
 }
 
 /// Makes connections.
-struct Dialer {
-    identity: Identity,
-    address: PeerAddress,
-    hello: Hello,
+pub(super) struct Dialer {
+    pub(super) identity: Identity,
+    pub(super) address: PeerAddress,
+    pub(super) hello: Hello,
 }
 
 impl Dialer {
     /// A connection, and the last frame the destination has stored.
-    async fn dial(&self) -> Result<(TlsStream<TcpStream>, u64), LinkError> {
+    pub(super) async fn dial(&self) -> Result<(TlsStream<TcpStream>, u64), LinkError> {
         let mut connection = connect_pages(&self.identity, &self.address).await?;
         let failed = |error: io::Error| LinkError::Connect(format!("the page connection was not taken: {error}"));
         connection.write_all(&self.hello.encode()).await.map_err(failed)?;
@@ -243,16 +293,40 @@ impl Dialer {
 
 /// One answer: the frame it acknowledges, or the text of a refusal.
 async fn read_reply(reader: &mut (impl AsyncReadExt + Unpin)) -> io::Result<Result<u64, String>> {
+    match read_answer(reader).await? {
+        Ok(Reply::Ack(sequence)) => Ok(Ok(sequence)),
+        Ok(_) => Err(io::Error::other("the destination asked for pages over a connection that is not for that")),
+        Err(reason) => Ok(Err(reason)),
+    }
+}
+
+/// One answer, or the text of a refusal.
+pub(super) async fn read_answer(reader: &mut (impl AsyncReadExt + Unpin)) -> io::Result<Result<Reply, String>> {
     let mut bytes = [0; REPLY];
     reader.read_exact(&mut bytes).await?;
     match Reply::decode(bytes).map_err(io::Error::other)? {
-        Reply::Ack(sequence) => Ok(Ok(sequence)),
         Reply::Refused(length) => {
             let mut text = vec![0; (length as usize).min(MAX_TEXT)];
             reader.read_exact(&mut text).await?;
             Ok(Err(String::from_utf8_lossy(&text).into_owned()))
         }
+        reply => Ok(Ok(reply)),
     }
+}
+
+/// A frame's header and records, as they travel.
+pub(super) fn head_of(frame: &Frame, sequence: u64) -> Vec<u8> {
+    let header = Header {
+        kind: frame.kind,
+        packed: frame.packed,
+        records: frame.records.len() as u32,
+        payload: frame.payload.len() as u32,
+        raw: frame.raw as u32,
+        space: frame.space,
+        sequence,
+        checksum: frame.checksum,
+    };
+    [header.encode().as_slice(), &encode_records(&frame.records)].concat()
 }
 
 /// A frame as it travels, kept until it is acknowledged.
@@ -260,6 +334,7 @@ struct Sent {
     sequence: u64,
     head: Vec<u8>,
     payload: Vec<u8>,
+    pages: u64,
 }
 
 struct Writer {
@@ -271,7 +346,7 @@ struct Writer {
     broken_since: Option<Instant>,
     unacknowledged: VecDeque<Arc<Sent>>,
     unacknowledged_bytes: usize,
-    in_flight: InFlight,
+    stopwatch: Stopwatch,
     buffers: Buffers,
     sequence: u64,
     not_before: Instant,
@@ -308,16 +383,21 @@ impl Writer {
         if self.unacknowledged.front().is_some_and(|sent| sent.sequence <= sequence) {
             self.broken_since = None;
         }
+        let mut stored = 0;
         while self.unacknowledged.front().is_some_and(|sent| sent.sequence <= sequence) {
             if let Some(sent) = self.unacknowledged.pop_front() {
                 self.unacknowledged_bytes -= sent.payload.len();
-                self.in_flight.remove();
+                stored += sent.pages;
+                self.stopwatch.stored(sent.head.len() + sent.payload.len(), self.unacknowledged_bytes);
                 if let Some(sent) = Arc::into_inner(sent) {
                     self.buffers.give(sent.payload);
                 }
             }
         }
-        self.report.send_modify(|progress| progress.acknowledged = progress.acknowledged.max(sequence));
+        self.report.send_modify(|progress| {
+            progress.acknowledged = progress.acknowledged.max(sequence);
+            progress.stored_pages += stored;
+        });
     }
 
     /// Writes to one connection until the queue or the connection ends.
@@ -377,18 +457,14 @@ impl Writer {
 
     fn number(&mut self, frame: Frame) -> Arc<Sent> {
         self.sequence += 1;
-        let header = Header {
-            kind: frame.kind,
-            packed: frame.packed,
-            records: frame.records.len() as u32,
-            payload: frame.payload.len() as u32,
-            raw: frame.raw as u32,
-            space: frame.space,
-            sequence: self.sequence,
-            checksum: frame.checksum,
+        let head = head_of(&frame, self.sequence);
+        // What a record names is there once the frame is stored.
+        let pages = if frame.kind == Kind::Batch {
+            frame.records.iter().map(|record| u64::from(record.count)).sum()
+        } else {
+            0
         };
-        let head = [header.encode().as_slice(), &encode_records(&frame.records)].concat();
-        let sent = Arc::new(Sent { sequence: self.sequence, head, payload: frame.payload });
+        let sent = Arc::new(Sent { sequence: self.sequence, head, payload: frame.payload, pages });
         self.unacknowledged_bytes += sent.payload.len();
         self.unacknowledged.push_back(sent.clone());
         if frame.kind == Kind::End {
@@ -428,7 +504,7 @@ enum Ended {
 }
 
 /// A task that ends with its owner.
-struct Reading(tokio::task::JoinHandle<()>);
+pub(super) struct Reading(pub(super) tokio::task::JoinHandle<()>);
 
 impl Drop for Reading {
     fn drop(&mut self) {
@@ -447,5 +523,27 @@ async fn read_acks(mut reader: ReadHalf<TlsStream<TcpStream>>, acks: mpsc::Sende
         if acks.send(answer).await.is_err() || last {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_that_waits_for_frames_says_nothing_of_its_pace() {
+        let mut stopwatch = Stopwatch::default();
+        for _ in 0..10 {
+            stopwatch.stored(1 << 20, 0);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(stopwatch.pace.get(), None);
+        for _ in 0..20 {
+            stopwatch.stored(1 << 20, BACKLOG);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let pace = stopwatch.pace.get().expect("measured");
+        // A MiB each 5 ms, or more on a machine that is busy.
+        assert!((1e6..210.0 * f64::from(1 << 20)).contains(&pace), "{pace}");
     }
 }

@@ -1,9 +1,14 @@
-//! The areas of an address space, as `/proc/<pid>/maps` and `smaps` tell (proc_pid_maps(5), proc_pid_smaps(5)).
+//! The areas of an address space, as `/proc/<pid>/maps` tells (proc_pid_maps(5)).
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use longhaul_common::sys::memory::PAGE;
+use nix::libc;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// Pages by address, `[start, end)`.
 pub type Area = Range<u64>;
@@ -19,10 +24,79 @@ pub struct Private {
     pub is_writable: bool,
 }
 
-/// The private areas of a task, in order. Some of them CRIU treats in its own way: [`marks`] tells which.
-pub fn private(pid: i32) -> io::Result<Vec<Private>> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
-    Ok(text.lines().filter_map(parse).collect())
+/// A mapping of memory that is shared, and is no file of a filesystem that anybody mounted.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Shared {
+    /// Where its area begins.
+    pub start: u64,
+    /// Where it ends.
+    pub end: u64,
+    /// The place in the object that is at its beginning, in bytes.
+    pub offset: u64,
+    /// The object's inode.
+    pub inode: u64,
+    /// It is a System V segment, which has an inode of the segment's number: another object may have the same.
+    pub is_segment: bool,
+}
+
+/// The areas of a task that are followed, in order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Areas {
+    /// Private ones. Some of them CRIU treats in its own way: [`marks`](super::flags::marks) tells which.
+    pub private: Vec<Private>,
+    /// Shared ones.
+    pub shared: Vec<Shared>,
+}
+
+impl Areas {
+    /// Of a task, where shared memory is on this device.
+    pub fn of(pid: i32, device: &Device) -> io::Result<Self> {
+        Ok(Self::parse(&std::fs::read_to_string(format!("/proc/{pid}/maps"))?, device))
+    }
+
+    /// From the text of maps.
+    pub fn parse(maps: &str, device: &Device) -> Self {
+        let mut areas = Self::default();
+        for line in maps.lines() {
+            areas.private.extend(parse(line));
+            areas.shared.extend(parse_shared(line, device));
+        }
+        areas
+    }
+}
+
+/// The device of the kernel's own memory filesystem, as maps writes it: that of anonymous shared mappings, of System V's segments,
+/// and of memfd_create(2).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Device(pub String);
+
+impl Device {
+    /// This host's.
+    pub fn of_this_host() -> io::Result<Self> {
+        let file = File::from(memfd_create(c"longhaul", MFdFlags::MFD_CLOEXEC)?);
+        Ok(Self::named(file.metadata()?.dev()))
+    }
+
+    /// That of another memory filesystem.
+    pub fn of(path: &Path) -> io::Result<Self> {
+        Ok(Self::named(path.metadata()?.dev()))
+    }
+
+    fn named(device: u64) -> Self {
+        Self(format!("{:02x}:{:02x}", libc::major(device), libc::minor(device)))
+    }
+}
+
+fn parse_shared(line: &str, device: &Device) -> Option<Shared> {
+    let mut words = line.split_ascii_whitespace();
+    let (range, permissions) = (words.next()?, words.next()?);
+    if !permissions.ends_with('s') {
+        return None;
+    }
+    let (offset, on, inode) = (words.next()?, words.next()?, words.next()?);
+    let Area { start, end } = range_of(range).filter(|_| on == device.0)?;
+    let is_segment = words.next().is_some_and(|name| name.starts_with(SEGMENT));
+    Some(Shared { start, end, offset: u64::from_str_radix(offset, 16).ok()?, inode: inode.parse().ok()?, is_segment })
 }
 
 fn parse(line: &str) -> Option<Private> {
@@ -39,44 +113,10 @@ fn parse(line: &str) -> Option<Private> {
     Some(Private { area: range_of(range)?, is_file, is_writable: permissions.as_bytes().get(1) == Some(&b'w') })
 }
 
-fn range_of(text: &str) -> Option<Area> {
+/// `start-end`, as the first word of a line of maps has it.
+pub(super) fn range_of(text: &str) -> Option<Area> {
     let (start, end) = text.split_once('-')?;
     Some(u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?)
-}
-
-/// What is special about an area.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mark {
-    /// CRIU does not restore it lazily: locked, or of huge pages (`vma_entry_can_be_lazy` in criu/include/vma.h, 4.2). Its
-    /// pages must be in place before the task runs.
-    AtOnce,
-    /// CRIU saves it itself: droppable memory, a shadow stack, a device's memory. And what a fork wipes: a child must not
-    /// be given what its parent had there.
-    Criu,
-}
-
-/// The areas of a task that have a mark, in order.
-///
-/// Reads the whole page tables: some 15 ms for each GiB.
-pub fn marks(pid: i32) -> io::Result<Vec<(Area, Mark)>> {
-    Ok(parse_marks(&std::fs::read_to_string(format!("/proc/{pid}/smaps"))?))
-}
-
-fn parse_marks(text: &str) -> Vec<(Area, Mark)> {
-    const CRIU: [&str; 6] = ["dp", "ss", "wf", "io", "pf", "mm"];
-    const AT_ONCE: [&str; 2] = ["lo", "ht"];
-    let mut current = None;
-    let mut found = Vec::new();
-    for line in text.lines() {
-        if let Some(flags) = line.strip_prefix("VmFlags:") {
-            let has = |wanted: &[&str]| flags.split_ascii_whitespace().any(|flag| wanted.contains(&flag));
-            let mark = if has(&CRIU) { Some(Mark::Criu) } else { has(&AT_ONCE).then_some(Mark::AtOnce) };
-            found.extend(current.take().zip(mark));
-        } else if let Some(area) = line.split(' ').next().and_then(range_of) {
-            current = Some(area);
-        }
-    }
-    found
 }
 
 /// A figure of `/proc/<pid>/status` that is given in kB, in bytes; 0 if there is none.
@@ -88,20 +128,44 @@ pub fn status_bytes(pid: i32, name: &str) -> u64 {
     kib.unwrap_or(0) << 10
 }
 
-/// Whether devices write into a task's memory: it has a file open past the page cache (`O_DIRECT`), or a ring for asynchronous
-/// I/O. Such writes are not seen by write protection once they are under way.
-pub fn has_direct_io(pid: i32) -> bool {
-    let is_direct = |fd: &str| {
-        let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
-        let flags = info.lines().find_map(|line| i32::from_str_radix(line.strip_prefix("flags:")?.trim(), 8).ok());
-        flags.is_some_and(|flags| flags & nix::libc::O_DIRECT != 0)
-    };
-    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-    let direct = fds
-        .filter(|entry| std::fs::read_link(entry.path()).is_ok_and(|link| link.is_absolute()))
-        .any(|entry| entry.file_name().to_str().is_some_and(is_direct));
-    direct || std::fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| maps.contains("/[aio]"))
+/// What the open files of a task mean for its memory.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OpenFiles {
+    /// Devices write into its memory: it has a file open past the page cache (`O_DIRECT`), or a ring for asynchronous I/O. Such
+    /// writes are not seen by write protection once they are under way.
+    pub has_direct_io: bool,
+    /// Files in memory (memfd_create(2)), by their descriptors.
+    pub in_memory: Vec<i32>,
 }
+
+impl OpenFiles {
+    /// Of a task.
+    pub fn of(pid: i32) -> Self {
+        let is_direct = |fd: i32| {
+            let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
+            let flags = info.lines().find_map(|line| i32::from_str_radix(line.strip_prefix("flags:")?.trim(), 8).ok());
+            flags.is_some_and(|flags| flags & libc::O_DIRECT != 0)
+        };
+        let mut files = Self::default();
+        for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
+            let Some(fd) = entry.file_name().to_str().and_then(|fd| fd.parse().ok()) else { continue };
+            let Ok(link) = std::fs::read_link(entry.path()) else { continue };
+            if link.as_os_str().as_encoded_bytes().starts_with(MEMFD) {
+                files.in_memory.push(fd);
+            } else if link.is_absolute() {
+                files.has_direct_io |= is_direct(fd);
+            }
+        }
+        files.has_direct_io |=
+            std::fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| maps.contains("/[aio]"));
+        files
+    }
+}
+
+/// What the kernel puts before a segment's key (`newseg` in ipc/shm.c).
+pub const SEGMENT: &str = "/SYSV";
+/// What the kernel puts before the name of a file in memory (proc_pid_fd(5)).
+pub const MEMFD: &[u8] = b"/memfd:";
 
 /// The ranges that are in both lists, each of which is in order.
 pub fn intersection(one: &[Area], other: &[Area]) -> Vec<Area> {
@@ -113,6 +177,38 @@ pub fn intersection(one: &[Area], other: &[Area]) -> Vec<Area> {
         }
     }
     both
+}
+
+/// What is in the first list and not in the second, each of which is in order.
+pub fn difference(one: &[Area], other: &[Area]) -> Vec<Area> {
+    let mut left = Vec::new();
+    for range in one {
+        let mut start = range.start;
+        let first = other.partition_point(|area| area.end <= range.start);
+        for area in other.get(first..).unwrap_or_default().iter().take_while(|area| area.start < range.end) {
+            if area.start > start {
+                left.push(start..area.start);
+            }
+            start = start.max(area.end);
+        }
+        if start < range.end {
+            left.push(start..range.end);
+        }
+    }
+    left
+}
+
+/// All that is in any of these ranges, in order and without overlaps.
+pub fn union(mut ranges: Vec<Area>) -> Vec<Area> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut joined: Vec<Area> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if last.end >= range.start => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
 }
 
 /// Pages of a stopped task that must be there before it runs again. Those that hold its threads' stack pointers: CRIU's
@@ -186,17 +282,27 @@ mod tests {
     }
 
     #[test]
-    fn areas_are_marked_by_their_flags() {
-        let text = "1000-2000 rw-p 00000000 00:00 0 \nRss: 4 kB\nVmFlags: rd wr mr mw me ac sd \n\
-                    2000-3000 rw-p 00000000 00:00 0 \nVmFlags: rd wr lo ac \n\
-                    3000-4000 rw-p 00000000 00:00 0 \nVmFlags: rd wr lo wf \n";
-        assert_eq!(parse_marks(text), [(0x2000..0x3000, Mark::AtOnce), (0x3000..0x4000, Mark::Criu)]);
+    fn shared_memory_is_told_from_shared_files() {
+        let maps = "1000-3000 rw-s 00002000 00:01 1024 /dev/zero (deleted)\n\
+                    3000-4000 r--s 00000000 00:01 7 /SYSV00001234 (deleted)\n\
+                    4000-5000 rw-s 00000000 00:1a 7 /dev/shm/x\n\
+                    5000-6000 rw-p 00000000 00:01 7 /memfd:x (deleted)\n";
+        let areas = Areas::parse(maps, &Device("00:01".into()));
+        let expected = [
+            Shared { start: 0x1000, end: 0x3000, offset: 0x2000, inode: 1024, is_segment: false },
+            Shared { start: 0x3000, end: 0x4000, offset: 0, inode: 7, is_segment: true },
+        ];
+        assert_eq!(areas.shared, expected);
+        assert_eq!(areas.private.len(), 1);
     }
 
     #[test]
     fn what_is_in_both_lists_is_found() {
         assert_eq!(intersection(&[0..10, 20..30], &[5..22, 25..26, 40..50]), [5..10, 20..22, 25..26]);
         assert!(intersection(&[0..10], &[]).is_empty());
+        assert_eq!(difference(&[0..10, 20..30, 50..60], &[2..4, 8..22, 29..30]), [0..2, 4..8, 22..29, 50..60]);
+        assert!(difference(&[3..5], &[0..9]).is_empty());
+        assert_eq!(union(vec![20..30, 0..5, 5..7, 22..25, 40..41]), [0..7, 20..30, 40..41]);
     }
 
     #[test]
@@ -204,7 +310,9 @@ mod tests {
         let pid = std::process::id().cast_signed();
         let here = 0u8;
         let address = &raw const here as u64;
-        let areas: Vec<Area> = private(pid).expect("readable").into_iter().map(|private| private.area).collect();
+        let device = Device::of_this_host().expect("has one");
+        let areas: Vec<Area> =
+            Areas::of(pid, &device).expect("readable").private.into_iter().map(|private| private.area).collect();
         assert!(areas.iter().any(|area| area.contains(&address)));
         let stat = std::fs::read_to_string("/proc/self/stat").expect("readable");
         let arguments = argument_pages(&stat);

@@ -1,20 +1,28 @@
 //! Pre-copy: rounds over the memory of a running container, and the last one while it is frozen.
+//!
+//! Where the user allows post-copy, rounds end when they do not help any more: at once, if the container writes faster than the link
+//! carries. What was written last is then not sent but owed.
 
 use std::collections::VecDeque;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use longhaul_common::cgroup::{CgroupError, Freezer};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::filter::{self, Hidden, Told};
-use super::lanes::{Lanes, Meters};
+use super::filter::{self, Hidden, Said, Told};
+use super::flags;
+use super::lanes::{Lanes, Meters, Pacers};
 use super::link::LinkError;
-use super::predict::{Limits, Next, Outlook, decide};
+use super::maps::{Area, difference, intersection};
+use super::predict::{Limits, Next, Outlook, Race, decide, is_lost};
 use super::pump::{PumpError, Pumped, Tasks};
-use super::tracker::{Frozen, SpacePages, TrackError, Tracker};
+use super::serve::Sources;
+use super::throttle::{ThrottleReport, Throttling};
+use super::tracker::{Frozen, Looked, Origin, SpacePages, TrackError, Tracker};
+use crate::options::PostCopy;
 use crate::report::millis;
 
 /// How long memory that is still arriving from the last move is waited for.
@@ -69,6 +77,9 @@ pub struct Round {
     pub zero_pages: u64,
     /// Of those, equal to others or to what was there: they did not travel.
     pub equal_pages: u64,
+    /// Of those, sent as what has changed in them since they were sent last.
+    #[serde(default)]
+    pub changed_pages: u64,
     /// Bytes of pages that travelled, before packing.
     pub page_bytes: u64,
     /// Bytes on the wire.
@@ -93,7 +104,8 @@ pub struct Precopy {
     tracker: SharedTracker,
     lanes: Lanes,
     freezer: Freezer,
-    limits: Limits,
+    limits: Arc<Mutex<Limits>>,
+    throttling: Throttling,
     /// Known parts of the downtime.
     outlook: Outlook,
     residuals: Vec<u64>,
@@ -101,6 +113,11 @@ pub struct Precopy {
     speeds: VecDeque<f64>,
     last_take: Option<Instant>,
     busy_since: Option<Instant>,
+    postcopy: PostCopy,
+    /// What was written last is fetched later.
+    owes: bool,
+    /// How many pages that was.
+    pub owed_pages: u64,
     /// What was done.
     pub rounds: Vec<Round>,
     /// The downtime predicted last, in milliseconds.
@@ -120,30 +137,46 @@ pub enum Step {
         predicted_ms: f64,
         /// What it writes, in MiB/s.
         dirty_mib_per_s: f64,
+        /// Of the downtime, what would be so if there were nothing left to copy, in milliseconds.
+        rest_ms: f64,
     },
+    /// It is time to freeze, and what was written last is to be fetched later.
+    PostCopy,
     /// Memory is still arriving from the last move.
     Waiting,
 }
 
 /// What the last round found.
 pub struct LastRound {
-    frozen: Vec<Frozen>,
+    looked: Looked,
     hidden: Vec<Hidden>,
 }
 
 impl Precopy {
     /// Nothing is touched yet.
-    pub fn new(tracker: Box<dyn Tracker>, lanes: Lanes, freezer: Freezer, limits: Limits, outlook: Outlook) -> Self {
+    pub fn new(
+        tracker: Box<dyn Tracker>,
+        lanes: Lanes,
+        freezer: Freezer,
+        limits: Limits,
+        outlook: Outlook,
+        postcopy: PostCopy,
+        throttling: Throttling,
+    ) -> Self {
         Self {
             tracker: Arc::new(Mutex::new(tracker)),
             lanes,
             freezer,
-            limits,
+            limits: Arc::new(Mutex::new(limits)),
+            throttling,
             outlook,
             residuals: Vec::new(),
             speeds: VecDeque::new(),
             last_take: None,
             busy_since: None,
+            postcopy,
+            owes: false,
+            owed_pages: 0,
             rounds: Vec::new(),
             predicted_ms: 0.0,
         }
@@ -157,6 +190,31 @@ impl Precopy {
     /// The longest that tracking has stopped a thread of the container.
     pub fn longest_stop(&self) -> Duration {
         lock(&self.tracker).longest_stop()
+    }
+
+    /// What the user allows, which may be changed while a step is under way.
+    pub fn limits(&self) -> Arc<Mutex<Limits>> {
+        self.limits.clone()
+    }
+
+    /// The downtime wanted.
+    pub fn max_downtime(&self) -> Duration {
+        self.limits.lock().unwrap_or_else(PoisonError::into_inner).max_downtime
+    }
+
+    /// Changes how fast memory may be sent while the container runs.
+    pub fn pacers(&self) -> Pacers {
+        self.lanes.pacers()
+    }
+
+    /// What was taken from the container of its processor time.
+    pub fn throttled(&self) -> Option<ThrottleReport> {
+        self.throttling.report()
+    }
+
+    /// Gives the container its processor time back: it is about to be frozen.
+    pub fn give_back(&self) {
+        self.throttling.give_back();
     }
 
     /// Reads how much was sent while a step is under way.
@@ -188,9 +246,17 @@ impl Precopy {
         let is_first = self.rounds.is_empty();
         let prediction = self.predict(bytes);
         self.predicted_ms = millis(prediction);
+        // Owed pages are one for each task; those that tasks have in common by fork(2) are found when they are sent.
+        let is_now = self.postcopy == PostCopy::Now;
+        let first_has_common = is_now && is_first && taken.len() > 1 && bytes > self.outlook.memory_bytes / 4 * 5;
+        if is_now && !first_has_common {
+            return self.begin_postcopy(taken, start).await;
+        }
+        let mut limits = *self.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        limits.auto_converge &= self.throttling.is_possible();
         if !is_first {
             self.residuals.push(bytes);
-            match decide(prediction, &self.residuals, self.limits) {
+            match decide(prediction, &self.residuals, self.rounds.len(), limits) {
                 Next::Round => {}
                 Next::Freeze => {
                     lock(&self.tracker).put_back(taken);
@@ -198,21 +264,119 @@ impl Precopy {
                 }
                 Next::GiveUp => {
                     lock(&self.tracker).put_back(taken);
-                    return Ok(Step::GiveUp { predicted_ms: millis(prediction), dirty_mib_per_s });
+                    let rest_ms = millis(self.predict(0));
+                    return Ok(Step::GiveUp { predicted_ms: millis(prediction), dirty_mib_per_s, rest_ms });
+                }
+                Next::PostCopy => return self.begin_postcopy(taken, start).await,
+                Next::Throttle => {
+                    let sent = self.outlook.bytes_per_second;
+                    self.throttling.lower(&self.freezer, dirty_mib_per_s * f64::from(1 << 20), sent);
+                    self.residuals = vec![bytes];
                 }
             }
         }
-        let mut round = self.send(taken, Tasks::Running, start).await?;
+        let (mut round, lost) = if (limits.postcopy || limits.auto_converge) && !first_has_common {
+            self.race(taken, start).await?
+        } else {
+            (self.send(taken, Tasks::Running, start).await?, false)
+        };
         round.dirty_mib_per_s = tenths(dirty_mib_per_s);
         round.predicted_downtime_ms = millis(prediction);
         self.rounds.push(round.clone());
+        if lost {
+            // What tasks share can't be owed, and came last in the round that was ended.
+            let taken = self.take().await?;
+            return self.begin_postcopy(taken, Instant::now()).await;
+        }
         Ok(Step::Sent(round))
+    }
+
+    /// Rounds end here: what tasks share is sent once more, their own memory is owed.
+    async fn begin_postcopy(&mut self, taken: Vec<SpacePages>, start: Instant) -> Result<Step, MemoryError> {
+        self.owes = true;
+        let (own, shared): (Vec<_>, Vec<_>) =
+            taken.into_iter().partition(|pages| matches!(pages.origin, Origin::Task(_)));
+        lock(&self.tracker).put_back(own);
+        if shared.iter().any(|pages| !pages.ranges.is_empty()) {
+            let round = self.send(shared, Tasks::Running, start).await?;
+            self.rounds.push(round);
+        }
+        self.predicted_ms = millis(self.predict(0));
+        Ok(Step::PostCopy)
+    }
+
+    /// Sends a round, and gives the container less processor time if it writes faster than it is sent, or ends the round early;
+    /// whether it did that.
+    async fn race(&mut self, taken: Vec<SpacePages>, start: Instant) -> Result<(Round, bool), MemoryError> {
+        let (meter, stop) = (self.meter(), self.lanes.stop());
+        let (freezer, tracker) = (self.freezer.clone(), self.tracker.clone());
+        let (limits, throttling) = (self.limits.clone(), self.throttling.clone());
+        let before = meter.stored_pages();
+        stop.clear();
+        let (ended, mut is_ended) = tokio::sync::oneshot::channel::<()>();
+        let watching = tokio::spawn(async move {
+            let mut looks = vec![Race { sent: 0, written: 0 }];
+            throttling.begin(&freezer);
+            loop {
+                tokio::select! {
+                    _ = &mut is_ended => return false,
+                    () = tokio::time::sleep(LOOK_EVERY) => {}
+                }
+                let (freezer_then, tracker) = (freezer.clone(), tracker.clone());
+                let written = tokio::task::spawn_blocking(move || {
+                    freezer_then.tasks().map(|tasks| lock(&tracker).written_bytes(&tasks)).unwrap_or(0)
+                });
+                let sent = (meter.stored_pages() - before) * longhaul_common::sys::memory::PAGE;
+                let look = Race { sent, written: written.await.unwrap_or(0) };
+                looks.push(look);
+                let limits = *limits.lock().unwrap_or_else(PoisonError::into_inner);
+                if !is_lost(&looks, LOOK_EVERY, limits.max_downtime) {
+                    continue;
+                }
+                let before = looks[looks.len() - 3];
+                let (written, sent) = (look.written - before.written, look.sent - before.sent);
+                if limits.auto_converge && throttling.lower(&freezer, written as f64, sent as f64) {
+                    looks = vec![look];
+                } else if limits.postcopy {
+                    stop.set();
+                    return true;
+                }
+            }
+        });
+        let round = self.send(taken, Tasks::Running, start).await;
+        let _ = ended.send(());
+        let lost = watching.await.unwrap_or(false);
+        self.lanes.stop().clear();
+        if lost {
+            self.predicted_ms = millis(self.predict(0));
+        }
+        Ok((round?, lost))
+    }
+
+    /// Whether what was written last is fetched later.
+    pub fn owes(&self) -> bool {
+        self.owes
+    }
+
+    /// It is time to freeze, whatever the downtime would be: what is too much for it is owed, if that is allowed.
+    pub fn owe_if_long(&mut self) {
+        let long = Duration::from_secs_f64(self.predicted_ms / 1000.0) > self.max_downtime();
+        if long && self.postcopy != PostCopy::Never {
+            self.owes = true;
+            self.predicted_ms = millis(self.predict(0));
+        }
     }
 
     /// One more round whatever it brings: what was written while the runtimes were started.
     pub async fn last_live_round(&mut self) -> Result<(), MemoryError> {
         let start = Instant::now();
-        let taken = self.take().await?;
+        let mut taken = self.take().await?;
+        if self.owes {
+            let is_own = |pages: &SpacePages| matches!(pages.origin, Origin::Task(_));
+            let (own, shared): (Vec<_>, Vec<_>) = taken.into_iter().partition(is_own);
+            lock(&self.tracker).put_back(own);
+            taken = shared;
+        }
         self.send(taken, Tasks::Running, start).await.map(drop)
     }
 
@@ -223,6 +387,7 @@ impl Precopy {
         let taken = tokio::task::spawn_blocking(move || lock(&tracker).take(&tasks)).await;
         let taken = taken.map_err(|_| MemoryError::Panicked)??;
         self.lanes.forget(&taken.ended).await?;
+        self.lanes.declare(&taken.objects).await?;
         Ok(taken.pages)
     }
 
@@ -251,6 +416,7 @@ impl Precopy {
             pages: pumped.pages,
             zero_pages: pumped.zero,
             equal_pages: pumped.equal,
+            changed_pages: pumped.changed,
             page_bytes: pumped.raw_bytes,
             wire_bytes: self.meter().bytes() - wire_before,
             ms: millis(took),
@@ -273,11 +439,17 @@ impl Precopy {
     /// Looks at the frozen container and tells CRIU's library, by a table in `dir`, what to leave out.
     pub async fn look_frozen(&self, dir: &Path) -> Result<LastRound, MemoryError> {
         let tasks = self.freezer.tasks()?;
-        let (tracker, dir) = (self.tracker.clone(), dir.to_owned());
+        let (tracker, dir, replaces_smaps) = (self.tracker.clone(), dir.to_owned(), !self.outlook.reads_smaps);
         let looked = tokio::task::spawn_blocking(move || {
-            let frozen = lock(&tracker).look_frozen(&tasks)?;
-            let hidden = filter::write_table(&dir, &frozen).map_err(MemoryError::Table)?;
-            Ok::<_, MemoryError>(LastRound { frozen, hidden })
+            let looked = lock(&tracker).look_frozen(&tasks)?;
+            if replaces_smaps {
+                for &pid in &tasks {
+                    let summary = flags::summary(pid);
+                    summary.map_or(Ok(()), |text| filter::write_smaps(&dir, pid, &text)).map_err(MemoryError::Table)?;
+                }
+            }
+            let hidden = filter::write_table(&dir, &looked).map_err(MemoryError::Table)?;
+            Ok::<_, MemoryError>(LastRound { looked, hidden })
         });
         looked.await.map_err(|_| MemoryError::Panicked)?
     }
@@ -286,12 +458,33 @@ impl Precopy {
     pub async fn send_last(&mut self, last: &LastRound) -> Result<Round, MemoryError> {
         self.lanes.hurry();
         let (start, wire_before) = (Instant::now(), self.meter().bytes());
+        let Looked { tasks, objects } = &last.looked;
         let written =
-            |frozen: &Frozen| SpacePages { pid: frozen.pid, space: frozen.space, ranges: frozen.written.clone() };
-        let pumped = self.pump(last.frozen.iter().map(written).collect(), Tasks::Frozen).await?;
-        self.lanes.finish(&last.frozen).await?;
+            |frozen: &Frozen, ranges| SpacePages { origin: Origin::Task(frozen.pid), space: frozen.space, ranges };
+        let owed: Vec<SpacePages> =
+            tasks.iter().filter(|_| self.owes).map(|frozen| written(frozen, owed_of(frozen))).collect();
+        let now = tasks.iter().map(|frozen| {
+            written(
+                frozen,
+                if self.owes { difference(&frozen.written, &owed_of(frozen)) } else { frozen.written.clone() },
+            )
+        });
+        let shared = objects.iter().map(|object| object.written.clone());
+        let pumped = self.pump(now.chain(shared).collect(), Tasks::Frozen).await?;
+        // Last: what is sent may be said to equal what these pages were before.
+        self.lanes.owe(&owed).await?;
+        self.owed_pages = owed.iter().map(SpacePages::bytes).sum::<u64>() / longhaul_common::sys::memory::PAGE;
+        self.lanes.finish(last.looked.content()).await?;
         Ok(self.report(&pumped, start.elapsed(), wire_before))
     }
+}
+
+/// How often it is looked whether a round can be won.
+const LOOK_EVERY: Duration = Duration::from_millis(150);
+
+/// What a task wrote last and may be fetched later: not what must be in place before it runs.
+fn owed_of(frozen: &Frozen) -> Vec<Area> {
+    difference(&intersection(&frozen.written, &frozen.later), &frozen.at_once)
 }
 
 /// Rounds of at least so many bytes say how fast the link is.
@@ -300,19 +493,36 @@ const MEASURABLE: u64 = 4 << 20;
 const MEASURED_ROUNDS: usize = 4;
 
 impl LastRound {
-    /// Compares what CRIU left out with what was sent beside it. True if it did; false if its images hold everything,
-    /// because its library was not asked.
-    pub fn check(&self, dir: &Path) -> Result<bool, MemoryError> {
-        match filter::told(dir, &self.hidden) {
-            Told::Everything => Ok(true),
-            Told::Nothing => Ok(false),
-            Told::Part { pid, told, expected } => Err(MemoryError::Filter { pid, told, expected }),
-        }
+    /// The tasks, by their address spaces.
+    pub fn sources(&self) -> Sources {
+        self.looked.tasks.iter().map(|task| (task.space, task.pid)).collect()
+    }
+
+    /// Compares what CRIU left out with what was sent beside it.
+    pub fn check(&self, dir: &Path) -> Result<LeftOut, MemoryError> {
+        let said = Said::read(dir);
+        let has_all = match said.compare(&self.hidden) {
+            Told::Everything => true,
+            Told::Nothing => false,
+            Told::Part { pid, told, expected } => return Err(MemoryError::Filter { pid, told, expected }),
+        };
+        Ok(LeftOut { has_all, smaps: said.smaps > 0, objects: said.objects })
     }
 }
 
+/// What is not in CRIU's images.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LeftOut {
+    /// All that was to be left out. Otherwise the images hold everything, because CRIU's library was not asked.
+    pub has_all: bool,
+    /// CRIU read no smaps.
+    pub smaps: bool,
+    /// Shared memory, by its inodes.
+    pub objects: Vec<u64>,
+}
+
 fn lock(tracker: &Mutex<Box<dyn Tracker>>) -> std::sync::MutexGuard<'_, Box<dyn Tracker>> {
-    tracker.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    tracker.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Bytes as MiB, for reports and progress.

@@ -1,22 +1,30 @@
 //! Reads pages out of the container and makes frames of them: what is zero or was sent before does not travel.
 
+use std::collections::HashMap;
+use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use longhaul_common::pages::{Buffers, Kind, MAX_PAGES, MAX_RECORDS, Record, What};
+use longhaul_common::pages::{Buffers, Kind, MAX_PAGES, MAX_RECORDS, Object, Record, What};
 use longhaul_common::sys::memory::PAGE;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
+use prost::Message;
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-use super::link::InFlight;
+use super::link::LinkPace;
 use super::packing::Packing;
 use super::sent::Sent;
-use super::tracker::{Frozen, SpacePages};
+use super::tracker::{Content, Origin, SpacePages};
+use super::versions::Versions;
 
-pub(super) const PAGE_BYTES: usize = PAGE as usize;
+const PAGE_BYTES: usize = PAGE as usize;
+/// Records of one frame that names owed pages: the destination enters 32,768 pages at once, which takes it a millisecond.
+const OWED_RECORDS: usize = 128;
+
 /// Pages that can't be read or sent.
 #[derive(Debug, Error)]
 pub enum PumpError {
@@ -27,6 +35,15 @@ pub enum PumpError {
         pid: i32,
         /// The page's address.
         address: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Nor shared memory.
+    #[error("can't read the memory that tasks share, at {offset:#x} of it")]
+    ReadShared {
+        /// Where.
+        offset: u64,
         /// Why.
         #[source]
         source: io::Error,
@@ -64,6 +81,8 @@ pub struct Pumped {
     pub zero: u64,
     /// Of those, equal to others, or as they were sent last time.
     pub equal: u64,
+    /// Of those, sent as what has changed since they were sent last.
+    pub changed: u64,
     /// Bytes of content before packing.
     pub raw_bytes: u64,
     /// The same as it travelled.
@@ -78,6 +97,7 @@ impl Pumped {
         self.pages += other.pages;
         self.zero += other.zero;
         self.equal += other.equal;
+        self.changed += other.changed;
         self.raw_bytes += other.raw_bytes;
         self.packed_bytes += other.packed_bytes;
         self.skipped.extend(other.skipped);
@@ -97,15 +117,41 @@ pub enum Tasks {
 /// See the module.
 pub struct Pump {
     sent: Sent,
+    /// Of objects, as they were told.
+    sizes: HashMap<u32, u64>,
+    versions: Versions,
     packing: Packing,
     buffers: Buffers,
-    in_flight: InFlight,
+    pace: LinkPace,
+    stop: Stop,
+}
+
+/// Has a round end early: what it has not sent by then is still to be sent.
+#[derive(Debug, Clone, Default)]
+pub struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// From now on.
+    pub fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// No more.
+    pub fn clear(&self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+
+    fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 impl Pump {
-    /// For a link, which gives buffers back and says how much of what it was given is not stored yet.
-    pub fn new(buffers: Buffers, in_flight: InFlight, may_pack: bool) -> Self {
-        Self { sent: Sent::default(), packing: Packing::new(may_pack), buffers, in_flight }
+    /// For a link, which gives buffers back and says how fast it is.
+    /// Of `streams` there are.
+    pub fn new(buffers: Buffers, pace: LinkPace, may_pack: bool, streams: u32, stop: Stop) -> Self {
+        let (sent, versions, packing) = (Sent::default(), Versions::new(streams), Packing::new(may_pack));
+        Self { sent, sizes: HashMap::new(), versions, packing, buffers, pace, stop }
     }
 }
 
@@ -129,6 +175,11 @@ impl Pump {
             for range in &space.ranges {
                 let mut address = range.start;
                 while address < range.end {
+                    if self.stop.is_set() && batch.addresses.is_empty() {
+                        let rest = SpacePages { ranges: vec![address..range.end], ..space.clone() };
+                        pumped.skipped.push(rest);
+                        break;
+                    }
                     batch.addresses.push(address);
                     address += PAGE;
                     if batch.addresses.len() == MAX_PAGES {
@@ -143,43 +194,79 @@ impl Pump {
         Ok(pumped)
     }
 
+    /// Names pages that the destination has to fetch later.
+    pub fn owe(&mut self, pages: &[SpacePages], frames: &mpsc::Sender<Frame>) -> Result<(), PumpError> {
+        for space in pages {
+            let whole = space.ranges.iter().map(|range| range.start / PAGE..range.end / PAGE);
+            let pieces = whole.flat_map(|pages| {
+                let end = pages.end;
+                pages.step_by(MAX_PAGES).map(move |page| (page, (end - page).min(MAX_PAGES as u64) as u32))
+            });
+            let records: Vec<Record> = pieces.map(|(page, count)| Record { page, count, what: What::Owed }).collect();
+            for records in records.chunks(OWED_RECORDS) {
+                self.give(frames, frame(Kind::Batch, space.space, records.to_vec()))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Address spaces have ended.
     pub fn forget(&mut self, spaces: &[u32]) {
-        spaces.iter().for_each(|space| self.sent.forget(*space));
+        for space in spaces {
+            self.sent.forget(*space);
+            self.versions.forget_space(*space);
+        }
     }
 
     /// Tells the destination the same.
     pub fn tell_ended(&self, spaces: &[u32], frames: &mpsc::Sender<Frame>) -> Result<(), PumpError> {
-        spaces.iter().try_for_each(|space| self.give(frames, frame(Kind::Forget, *space, Vec::new())).map(drop))
+        spaces.iter().try_for_each(|space| self.give(frames, frame(Kind::Forget, *space, Vec::new())))
+    }
+
+    /// Tells what shared memory is, or what size it has.
+    pub fn declare(&mut self, objects: &[(u32, Object)], frames: &mpsc::Sender<Frame>) -> Result<(), PumpError> {
+        for (space, object) in objects {
+            // What lay behind an end that has moved is zero there, and may be so here or not.
+            let before = self.sizes.insert(*space, object.size).unwrap_or(object.size);
+            if before != object.size {
+                let first = before.min(object.size) / PAGE;
+                self.sent.forget_from(*space, first);
+                self.versions.forget_from(*space, first);
+            }
+            let payload = object.encode_to_vec();
+            let frame = Frame {
+                checksum: longhaul_common::pages::checksum(&[], &payload),
+                raw: payload.len(),
+                payload,
+                ..frame(Kind::Object, *space, Vec::new())
+            };
+            self.give(frames, frame)?;
+        }
+        Ok(())
     }
 
     /// Tells which pages count in the end, and that this is the end.
-    pub fn finish(&self, tasks: &[Frozen], streams: u32, frames: &mpsc::Sender<Frame>) -> Result<(), PumpError> {
-        for task in tasks {
-            for (ranges, what) in [(&task.later, What::Content), (&task.at_once, What::AtOnce)] {
-                let records: Vec<Record> = ranges
-                    .iter()
-                    .flat_map(|range| {
-                        // A count has 32 bits.
-                        let (first, end) = (range.start / PAGE, range.end / PAGE);
-                        (first..end).step_by(1 << 30).map(move |page| (page, (end - page).min(1 << 30) as u32))
-                    })
-                    .map(|(page, count)| Record { page, count, what })
-                    .collect();
-                for records in records.chunks(MAX_RECORDS) {
-                    self.give(frames, frame(Kind::Content, task.space, records.to_vec()))?;
-                }
+    pub fn finish(&self, content: &[Content], streams: u32, frames: &mpsc::Sender<Frame>) -> Result<(), PumpError> {
+        for Content { space, what, ranges } in content {
+            let records: Vec<Record> = ranges
+                .iter()
+                .flat_map(|range| {
+                    // A count has 32 bits.
+                    let (first, end) = (range.start / PAGE, range.end / PAGE);
+                    (first..end).step_by(1 << 30).map(move |page| (page, (end - page).min(1 << 30) as u32))
+                })
+                .map(|(page, count)| Record { page, count, what: *what })
+                .collect();
+            for records in records.chunks(MAX_RECORDS) {
+                self.give(frames, frame(Kind::Content, *space, records.to_vec()))?;
             }
         }
-        self.give(frames, frame(Kind::End, streams, Vec::new())).map(drop)
+        self.give(frames, frame(Kind::End, streams, Vec::new()))
     }
 
-    /// Gives a frame to the link; how long that had to wait.
-    fn give(&self, frames: &mpsc::Sender<Frame>, frame: Frame) -> Result<Duration, PumpError> {
-        let start = Instant::now();
-        self.in_flight.add();
-        frames.blocking_send(frame).map_err(|_| PumpError::Closed)?;
-        Ok(start.elapsed())
+    /// Gives a frame to the link.
+    fn give(&self, frames: &mpsc::Sender<Frame>, frame: Frame) -> Result<(), PumpError> {
+        frames.blocking_send(frame).map_err(|_| PumpError::Closed)
     }
 
     fn send_batch(
@@ -190,18 +277,33 @@ impl Pump {
         pumped: &mut Pumped,
     ) -> Result<(), PumpError> {
         let mut buffer = self.buffers.take(batch.addresses.len() * PAGE_BYTES);
-        let skipped = read(batch.space.pid, &mut batch.addresses, &mut buffer, tasks)?;
+        let skipped = match &batch.space.origin {
+            Origin::Task(pid) => read(*pid, &mut batch.addresses, &mut buffer, tasks)?,
+            Origin::Object(file) => read_object(file, &batch.addresses, &mut buffer).map(|()| Vec::new())?,
+        };
         if !skipped.is_empty() {
             let ranges = skipped.into_iter().map(|address| address..address + PAGE).collect();
-            pumped.skipped.push(SpacePages { pid: batch.space.pid, space: batch.space.space, ranges });
+            pumped.skipped.push(SpacePages { ranges, ..batch.space.clone() });
         }
         let mut records: Vec<Record> = Vec::new();
-        let mut kept = 0;
+        let (mut kept, mut differences) = (0, 0);
+        let remembers = self.packing.is_link_bound();
+        if !remembers && !self.versions.is_empty() {
+            self.versions.clear();
+        }
         for (index, address) in batch.addresses.drain(..).enumerate() {
             pumped.pages += 1;
             let bytes = index * PAGE_BYTES..(index + 1) * PAGE_BYTES;
             let place = (batch.space.space, address / PAGE);
-            let what = self.sent.look(place, &buffer[bytes.clone()]);
+            let mut what = self.sent.look(place, &buffer[bytes.clone()]);
+            match what {
+                Some(What::Data) if remembers && self.versions.difference(place, &mut buffer[bytes.clone()]) => {
+                    what = Some(What::Changed);
+                    differences += 1;
+                }
+                Some(What::Data) | None => {}
+                Some(_) => self.versions.forget(place),
+            }
             match what {
                 None => {
                     pumped.equal += 1;
@@ -227,7 +329,8 @@ impl Pump {
         buffer.truncate(kept * PAGE_BYTES);
         let checksum = longhaul_common::pages::checksum(&longhaul_common::pages::encode_records(&records), &buffer);
         let raw = buffer.len();
-        let packed = self.packing.pack(&buffer);
+        let packed = if differences > 0 { self.packing.pack_differences(&buffer) } else { self.packing.pack(&buffer) };
+        pumped.changed += differences;
         let is_packed = packed.is_some();
         let payload = match packed {
             Some(packed) => {
@@ -240,8 +343,8 @@ impl Pump {
             Frame { kind: Kind::Batch, space: batch.space.space, records, raw, checksum, packed: is_packed, payload };
         pumped.raw_bytes += raw as u64;
         pumped.packed_bytes += frame.payload.len() as u64;
-        let waited = self.give(frames, frame)?;
-        self.packing.note(raw, waited, self.in_flight.count());
+        self.give(frames, frame)?;
+        self.packing.note(self.pace.get());
         Ok(())
     }
 }
@@ -260,7 +363,7 @@ fn frame(kind: Kind, space: u32, records: Vec<Record>) -> Frame {
 }
 
 /// Appends a page to the records, to the last one if it goes on from there.
-fn add(records: &mut Vec<Record>, page: u64, what: What) {
+pub(super) fn add(records: &mut Vec<Record>, page: u64, what: What) {
     if let Some(last) = records.last_mut()
         && last.page + u64::from(last.count) == page
     {
@@ -280,7 +383,7 @@ fn add(records: &mut Vec<Record>, page: u64, what: What) {
 
 /// Reads the pages at `addresses` into `buffer`, page by page in that order. Of a running task, pages that can't be read
 /// are taken off the list and returned.
-fn read(pid: i32, addresses: &mut Vec<u64>, buffer: &mut [u8], tasks: Tasks) -> Result<Vec<u64>, PumpError> {
+pub(super) fn read(pid: i32, addresses: &mut Vec<u64>, buffer: &mut [u8], tasks: Tasks) -> Result<Vec<u64>, PumpError> {
     let mut skipped = Vec::new();
     let mut done = 0;
     while done < addresses.len() {
@@ -299,7 +402,7 @@ fn read(pid: i32, addresses: &mut Vec<u64>, buffer: &mut [u8], tasks: Tasks) -> 
         let Some(&address) = addresses.get(done) else { break };
         let page = &mut buffer[done * PAGE_BYTES..(done + 1) * PAGE_BYTES];
         // Without read permission of its own (PROT_NONE) it is still readable here (mem_rw in fs/proc/base.c).
-        let read = std::fs::File::open(format!("/proc/{pid}/mem")).and_then(|mem| mem.read_exact_at(page, address));
+        let read = File::open(format!("/proc/{pid}/mem")).and_then(|mem| mem.read_exact_at(page, address));
         match (read, tasks) {
             (Ok(()), _) => done += 1,
             (Err(_), Tasks::Running) => skipped.push(addresses.remove(done)),
@@ -307,6 +410,28 @@ fn read(pid: i32, addresses: &mut Vec<u64>, buffer: &mut [u8], tasks: Tasks) -> 
         }
     }
     Ok(skipped)
+}
+
+/// The same of shared memory, where what lies behind its end is zero.
+fn read_object(file: &File, offsets: &[u64], buffer: &mut [u8]) -> Result<(), PumpError> {
+    let mut rest = buffer;
+    for run in offsets.chunk_by(|one, next| one + PAGE == *next) {
+        let (own, others) = rest.split_at_mut(run.len() * PAGE_BYTES);
+        let start = run.first().copied().unwrap_or_default();
+        let mut done = 0;
+        while done < own.len() {
+            match file.read_at(&mut own[done..], start + done as u64) {
+                Ok(0) => {
+                    own[done..].fill(0);
+                    break;
+                }
+                Ok(bytes) => done += bytes,
+                Err(source) => return Err(PumpError::ReadShared { offset: start + done as u64, source }),
+            }
+        }
+        rest = others;
+    }
+    Ok(())
 }
 
 /// Consecutive pages as one.

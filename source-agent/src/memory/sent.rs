@@ -8,9 +8,6 @@ use std::hash::{BuildHasher, BuildHasherDefault, Hasher};
 use longhaul_common::pages::What;
 use xxhash_rust::xxh3::xxh3_128_with_secret;
 
-#[cfg(test)]
-use super::pump::PAGE_BYTES;
-
 /// Pages whose content is remembered: 8 GiB of them, at some 70 bytes each. What comes after is sent without.
 const REMEMBERED: usize = 2 << 20;
 /// Bytes of xxh3's own secret.
@@ -85,6 +82,19 @@ impl Sent {
         // What refers to it is found wrong when it is looked up, and is replaced then.
     }
 
+    /// Nothing is known any more of an address space's pages from this one on.
+    pub(super) fn forget_from(&mut self, space: u32, first: u64) {
+        for ((_, table), contents) in
+            self.contents.iter_mut().filter(|((of, table), _)| *of == space && (table + 1) * TABLE > first)
+        {
+            let from = first.saturating_sub(table * TABLE) as usize;
+            for hash in &mut contents[from..] {
+                self.remembered -= usize::from(*hash != UNKNOWN);
+                *hash = UNKNOWN;
+            }
+        }
+    }
+
     fn content(&self, (space, page): Place) -> u128 {
         self.contents.get(&(space, page / TABLE)).map_or(UNKNOWN, |table| table[(page % TABLE) as usize])
     }
@@ -106,7 +116,7 @@ impl Hasher for Uniform {
     }
 }
 
-fn is_zero(page: &[u8]) -> bool {
+pub(super) fn is_zero(page: &[u8]) -> bool {
     // In pieces of 64 bytes, which the compiler compares with vector instructions.
     let (pieces, rest) = page.as_chunks::<64>();
     rest.is_empty() && pieces.iter().all(|piece| *piece == [0; 64])
@@ -115,6 +125,21 @@ fn is_zero(page: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const PAGE_BYTES: usize = longhaul_common::sys::memory::PAGE as usize;
+
+    #[test]
+    fn what_lies_behind_a_new_end_is_sent_again() {
+        let mut sent = Sent::default();
+        let page = vec![1; PAGE_BYTES];
+        for number in [3, 4, 600] {
+            sent.look((9, number), &page);
+        }
+        sent.forget_from(9, 4);
+        assert_eq!(sent.look((9, 3), &page), None);
+        assert_eq!(sent.look((9, 4), &page), Some(What::Same { space: 9, page: 3 }));
+        assert!(sent.look((9, 600), &page).is_some());
+    }
 
     #[test]
     fn equal_pages_are_sent_once_and_overwritten_ones_are_not_referred_to() {

@@ -5,26 +5,35 @@
 //! a protected page costs the task about 1 µs. Areas are read anew in every round: one that is not registered yet, because
 //! it is new, moved, or of a task that forked or executed another program, counts as written from end to end.
 //!
-//! Followed are private areas: anonymous memory, and what tasks wrote into private mappings of files.
+//! Followed are private areas: anonymous memory, and what tasks wrote into private mappings of files; and what they wrote into
+//! memory that they [share](super::shared).
 //!
 //! When the tracker is dropped, so are its descriptors, and with them the kernel forgets: nothing stays in the container.
+
+mod look;
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
+use longhaul_common::cgroup::CgroupError;
+use longhaul_common::pages::{Object, What};
 use longhaul_common::sys::memory::{
-    Backing, Scan, begin_write_tracking, register_write_tracking, scan, scan_content_and_written,
+    Backing, Scan, SharedPages, begin_write_tracking, protect, register_write_tracking, scan, scan_shared,
 };
 use longhaul_common::sys::share_memory;
 use longhaul_common::tasks::inner_pid;
 use nix::libc;
 use thiserror::Error;
 
+use self::look::{Found, begin_look, look_at_all};
+use super::flags::{self, Mark, marks};
 use super::inject::{InjectError, userfaultfd_of};
-use super::maps::{Area, Mark, Private, has_direct_io, intersection, marks, private, status_bytes};
+use super::maps::{Area, Areas, OpenFiles, Private, Shared, intersection, union};
+use super::shared::{FrozenObject, SharedMemory};
 
 /// Memory that can't be tracked.
 #[derive(Debug, Error)]
@@ -37,9 +46,15 @@ pub enum TrackError {
         "the memory of task {0} is still arriving from its last move, or the task manages it with userfaultfd itself"
     )]
     Busy(i32),
+    /// The container can't be stopped for a moment.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// A task would not.
     #[error(transparent)]
     Inject(#[from] InjectError),
+    /// Nor what tasks share.
+    #[error("can't look at the memory that the container's tasks share")]
+    Shared(#[source] io::Error),
     /// Its memory can't be scanned.
     #[error("can't look at the memory of task {pid}")]
     Look {
@@ -51,12 +66,21 @@ pub enum TrackError {
     },
 }
 
+/// Where pages are read from.
+#[derive(Debug, Clone)]
+pub enum Origin {
+    /// The memory of a task, as this host numbers it.
+    Task(i32),
+    /// Shared memory.
+    Object(Arc<File>),
+}
+
 /// The pages of one address space.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct SpacePages {
-    /// The task, as this host numbers it.
-    pub pid: i32,
-    /// The task, as the container numbers it.
+    /// Where they are.
+    pub origin: Origin,
+    /// The task, as the container numbers it; or the object's number.
     pub space: u32,
     /// Ranges of addresses, in order.
     pub ranges: Vec<Area>,
@@ -70,11 +94,13 @@ impl SpacePages {
 }
 
 /// What one round found.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub struct Taken {
     /// Address spaces that were there in the last round and are no more, as the container numbers their tasks. A number may
     /// be that of another one now.
     pub ended: Vec<u32>,
+    /// Shared memory that the destination has to be told of, by its address space.
+    pub objects: Vec<(u32, Object)>,
     /// What was written.
     pub pages: Vec<SpacePages>,
 }
@@ -97,6 +123,39 @@ pub struct Frozen {
     pub at_once: Vec<Area>,
 }
 
+/// The memory of a frozen container.
+#[derive(Debug, Clone, Default)]
+pub struct Looked {
+    /// Of its tasks.
+    pub tasks: Vec<Frozen>,
+    /// That they share.
+    pub objects: Vec<FrozenObject>,
+}
+
+/// Pages that must be right in the end.
+#[derive(Debug, Clone)]
+pub struct Content {
+    /// Of this address space.
+    pub space: u32,
+    /// [`What::Content`] or [`What::AtOnce`].
+    pub what: What,
+    /// In order.
+    pub ranges: Vec<Area>,
+}
+
+impl Looked {
+    /// All pages that must be right in the end.
+    pub fn content(&self) -> Vec<Content> {
+        let content = |space, what, ranges: &Vec<Area>| Content { space, what, ranges: ranges.clone() };
+        let of_task = |task: &Frozen| {
+            [content(task.space, What::Content, &task.later), content(task.space, What::AtOnce, &task.at_once)]
+        };
+        let objects = self.objects.iter();
+        let of_objects = objects.map(|object| content(object.written.space, What::AtOnce, &object.content));
+        self.tasks.iter().flat_map(of_task).chain(of_objects).collect()
+    }
+}
+
 /// Finds out what was written. A round is a transaction: what [`take`](Self::take) reported and was not sent is given
 /// back by [`put_back`](Self::put_back), and reported again.
 pub trait Tracker: Send {
@@ -104,10 +163,13 @@ pub trait Tracker: Send {
     fn name(&self) -> &'static str;
     /// What was written since the last call; in the first, all there is.
     fn take(&mut self, tasks: &[i32]) -> Result<Taken, TrackError>;
+    /// Bytes of the tasks' own memory that were written since the last call of [`take`](Self::take), each page once; they stay
+    /// to be taken.
+    fn written_bytes(&mut self, tasks: &[i32]) -> u64;
     /// Gives back what was taken.
     fn put_back(&mut self, pages: Vec<SpacePages>);
     /// What was written since the last call, and what there is, once all tasks are frozen.
-    fn look_frozen(&mut self, tasks: &[i32]) -> Result<Vec<Frozen>, TrackError>;
+    fn look_frozen(&mut self, tasks: &[i32]) -> Result<Looked, TrackError>;
     /// The longest that tracking has stopped a thread of the container.
     fn longest_stop(&self) -> Duration;
 }
@@ -117,6 +179,7 @@ pub struct WriteProtect {
     /// The container's first task.
     init: i32,
     spaces: BTreeMap<i32, Space>,
+    shared: SharedMemory,
     owed: Vec<SpacePages>,
     ended: Vec<u32>,
     longest_stop: Duration,
@@ -125,15 +188,24 @@ pub struct WriteProtect {
 struct Space {
     uffd: OwnedFd,
     number: u32,
+    /// Mappings of shared memory that are followed.
+    shared: BTreeMap<Shared, Access>,
     /// Areas that are special.
     marks: Vec<(Area, Mark)>,
 }
 
+/// What a task can do through a mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Access {
+    /// It may write.
+    Write,
+    /// Its file was opened for reading: it can never write.
+    Read,
+}
+
 impl Space {
-    /// The kernel joins neighbours, and cuts areas: a part that is special makes all of it so.
     fn mark(&self, area: &Area) -> Option<Mark> {
-        let is_part = |marked: &Area| marked.start < area.end && area.start < marked.end;
-        self.marks.iter().find(|(marked, _)| is_part(marked)).map(|(_, mark)| *mark)
+        mark_in(&self.marks, area)
     }
 }
 
@@ -143,8 +215,9 @@ fn backing(private: &Private) -> Backing {
 
 impl WriteProtect {
     /// For the container whose first task is `init`.
-    pub fn new(init: i32) -> Self {
-        Self { init, spaces: BTreeMap::new(), owed: Vec::new(), ended: Vec::new(), longest_stop: Duration::ZERO }
+    pub fn new(init: i32) -> io::Result<Self> {
+        let (shared, spaces) = (SharedMemory::new()?, BTreeMap::new());
+        Ok(Self { init, spaces, shared, owed: Vec::new(), ended: Vec::new(), longest_stop: Duration::ZERO })
     }
 
     fn arm(&mut self, pid: i32) -> Result<Space, TrackError> {
@@ -155,38 +228,7 @@ impl WriteProtect {
             _ => TrackError::Look { pid, source: error },
         })?;
         let number = inner_pid(pid, self.init).ok_or(InjectError::Gone(pid))?;
-        Ok(Space { uffd, number, marks: Vec::new() })
-    }
-
-    /// CRIU maps a locked area as such, which fills it with zeroes, before it forks the task's children (`premap_private_vma` in
-    /// criu/mem.c, 4.2). A child that has the same area, not locked, gets these zeroes in it.
-    fn find_inherited(&self, all: &mut [Frozen]) {
-        for frozen in all {
-            let others = self.spaces.values().filter(|space| space.number != frozen.space);
-            let mut locked: Vec<Area> =
-                others.flat_map(|space| space.marks.iter().map(|(area, _)| area.clone())).collect();
-            locked.sort_unstable_by_key(|area| area.start);
-            for area in locked {
-                frozen.at_once.extend(intersection(&[area], &frozen.later));
-            }
-            frozen.at_once.sort_unstable_by_key(|area| (area.start, area.end));
-            // Several tasks may have locked the same.
-            let mut reached = 0;
-            frozen.at_once.retain_mut(|area| {
-                area.start = area.start.max(reached);
-                reached = reached.max(area.end);
-                area.start < area.end
-            });
-        }
-    }
-
-    /// Whether a task uses the address space of another: between vfork and exec, that of its parent. What it writes there is
-    /// its parent's, and is found there.
-    fn is_borrower(&self, pid: i32) -> bool {
-        let shares = |other: i32| other != pid && share_memory(pid, other).unwrap_or(false);
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok());
-        parent.is_some_and(shares) || self.spaces.keys().any(|other| shares(*other))
+        Ok(Space { uffd, number, shared: BTreeMap::new(), marks: Vec::new() })
     }
 
     fn take_space(&mut self, pid: i32) -> Result<SpacePages, TrackError> {
@@ -195,21 +237,76 @@ impl WriteProtect {
             None => self.arm(pid)?,
         };
         let mut ranges = Vec::new();
-        let first = follow(&mut space, pid, &mut ranges);
-        if let Err(Followed::OtherSpace) = first {
-            // The task executed another program, or its number is another task's now.
-            self.ended.push(space.number);
-            self.owed.retain(|owed| owed.pid != pid);
-            space = self.arm(pid)?;
-            ranges.clear();
-            follow(&mut space, pid, &mut ranges).map_err(|error| error.of(pid))?;
-        } else {
-            first.map_err(|error| error.of(pid))?;
+        match follow(&mut space, pid, &mut self.shared, &mut ranges) {
+            Ok(()) => {}
+            Err(Followed::OtherSpace) => {
+                // The task executed another program, or its number is another task's now.
+                self.ended.push(space.number);
+                self.owed.retain(|owed| owed.space != space.number);
+                lose(&mut self.shared, &space);
+                space = self.arm(pid)?;
+                ranges.clear();
+                if let Err(error) = follow(&mut space, pid, &mut self.shared, &mut ranges) {
+                    lose(&mut self.shared, &space);
+                    return Err(error.of(pid));
+                }
+            }
+            Err(error) => {
+                lose(&mut self.shared, &space);
+                return Err(error.of(pid));
+            }
         }
-        let number = space.number;
+        let space_number = space.number;
         self.spaces.insert(pid, space);
-        Ok(SpacePages { pid, space: number, ranges })
+        Ok(SpacePages { origin: Origin::Task(pid), space: space_number, ranges })
     }
+
+    /// What a task writes that can't be followed.
+    fn doubt_all_of(&mut self, pid: i32, is_frozen: bool) {
+        let Ok(areas) = Areas::of(pid, self.shared.device()) else { return };
+        for area in &areas.shared {
+            self.shared.meet(pid, area, is_frozen);
+            self.shared.doubt(area.inode);
+        }
+    }
+}
+
+/// CRIU maps a locked area as such, which fills it with zeroes, before it forks the task's children (`premap_private_vma` in
+/// criu/mem.c, 4.2). A child that has the same area, not locked, gets these zeroes in it. `marks` are those of all address spaces.
+pub(super) fn add_inherited(all: &mut [Frozen], marks: &[(u32, &[(Area, Mark)])]) {
+    for frozen in all {
+        let others = marks.iter().filter(|(number, _)| *number != frozen.space);
+        let locked: Vec<Area> = others.flat_map(|(_, marks)| marks.iter().map(|(area, _)| area.clone())).collect();
+        frozen.at_once.extend(intersection(&locked, &frozen.later));
+        frozen.at_once.sort_unstable_by_key(|area| (area.start, area.end));
+        // Several tasks may have locked the same.
+        let mut reached = 0;
+        frozen.at_once.retain_mut(|area| {
+            area.start = area.start.max(reached);
+            reached = reached.max(area.end);
+            area.start < area.end
+        });
+    }
+}
+
+/// Whether a task uses the address space of another: between vfork and exec, that of its parent. What it writes there is
+/// its parent's, and is found there.
+pub(super) fn is_borrower<'a>(pid: i32, known: impl IntoIterator<Item = &'a i32>) -> bool {
+    let shares = |other: i32| other != pid && share_memory(pid, other).unwrap_or(false);
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok());
+    parent.is_some_and(shares) || known.into_iter().any(|other| shares(*other))
+}
+
+/// The mark of an area. The kernel joins neighbours, and cuts areas: a part that is special makes all of it so.
+pub(super) fn mark_in(marks: &[(Area, Mark)], area: &Area) -> Option<Mark> {
+    let is_part = |marked: &Area| marked.start < area.end && area.start < marked.end;
+    marks.iter().find(|(marked, _)| is_part(marked)).map(|(_, mark)| *mark)
+}
+
+/// What an address space that is not followed any more has written last, nobody knows.
+fn lose(shared: &mut SharedMemory, space: &Space) {
+    space.shared.keys().for_each(|area| shared.doubt(area.inode));
 }
 
 /// Why an address space can't be followed with this descriptor.
@@ -231,10 +328,12 @@ impl Followed {
 }
 
 /// Takes what was written in every area of a task, and registers those that are new.
-fn follow(space: &mut Space, pid: i32, ranges: &mut Vec<Area>) -> Result<(), Followed> {
+fn follow(space: &mut Space, pid: i32, memory: &mut SharedMemory, ranges: &mut Vec<Area>) -> Result<(), Followed> {
     let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(Followed::Failed)?;
+    let areas = Areas::of(pid, memory.device()).map_err(Followed::Failed)?;
+    let mut registered = follow_shared(space, pid, &pagemap, areas.shared, memory)?;
     let mut looked = false;
-    for private in private(pid).map_err(Followed::Failed)? {
+    for private in areas.private {
         let before = ranges.len();
         match take_written(&pagemap, &private, ranges) {
             Ok(()) => continue,
@@ -253,21 +352,113 @@ fn follow(space: &mut Space, pid: i32, ranges: &mut Vec<Area>) -> Result<(), Fol
         if space.mark(area) == Some(Mark::Criu) {
             continue;
         }
-        match register_write_tracking(space.uffd.as_fd(), area.start, area.end) {
-            Ok(()) => {}
-            Err(error) => match error.raw_os_error() {
-                Some(libc::EBUSY) => return Err(Followed::Busy),
-                // Changed since the list was read: the next round will find what it is now.
-                Some(libc::EINVAL) => {}
-                _ => return Err(Followed::OtherSpace),
-            },
+        match register(space, area)? {
+            Registered::Yes => registered = true,
+            // The next round will find what it is now.
+            Registered::Changed | Registered::ReadOnly => {}
         }
         // Protected first and read then: what is written in between counts as written in the next round, too. All content
         // counts, also where the scan above had taken a part of it before it failed.
         let _ = take_written(&pagemap, &private, &mut Vec::new());
         look(&pagemap, &private, Scan::Content, ranges).map_err(Followed::Failed)?;
     }
+    if registered {
+        // Registering has changed the flags, and they must be known at the freeze.
+        flags::learn(pid).map_err(Followed::Failed)?;
+    }
     Ok(())
+}
+
+/// The same for mappings of shared memory; whether any was registered. What they show is protected page by page, whether
+/// the task has it in its page tables or not: so that a page which is not there later was there in between.
+fn follow_shared(
+    space: &mut Space,
+    pid: i32,
+    pagemap: &File,
+    areas: Vec<Shared>,
+    memory: &mut SharedMemory,
+) -> Result<bool, Followed> {
+    let mut registered = false;
+    let mut found = BTreeMap::new();
+    for area in areas {
+        let Some(content) = memory.meet(pid, &area, false) else { continue };
+        let known = space.shared.remove(&area).is_some();
+        let mut access = Access::Write;
+        if !known || !take_shared(space, pagemap, &area, &content, memory).map_err(Followed::Failed)? {
+            match register(space, &(area.start..area.end))? {
+                Registered::Yes => {
+                    registered = true;
+                    for part in &content {
+                        // It may be gone: then it is missed in the next round.
+                        let _ = protect(space.uffd.as_fd(), part.start, part.end);
+                    }
+                    memory.doubt(area.inode);
+                }
+                Registered::ReadOnly => access = Access::Read,
+                Registered::Changed => {
+                    memory.doubt(area.inode);
+                    continue;
+                }
+            }
+        }
+        found.insert(area, access);
+    }
+    // Those that are no more.
+    lose(memory, space);
+    space.shared = found;
+    Ok(registered)
+}
+
+/// What was written through a mapping. False, if it is not the one that was registered.
+fn take_shared(
+    space: &Space,
+    pagemap: &File,
+    area: &Shared,
+    content: &[Area],
+    memory: &mut SharedMemory,
+) -> io::Result<bool> {
+    let mut unknown = Vec::new();
+    for part in content {
+        let scanned = scan_shared(pagemap, (part.start, part.end), true, |start, end, pages| {
+            memory.note(area, start..end);
+            if pages == SharedPages::Unknown {
+                unknown.push(start..end);
+            }
+        });
+        match scanned {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => return Ok(false),
+            Err(error) => return Err(error),
+        }
+    }
+    for part in unknown {
+        if protect(space.uffd.as_fd(), part.start, part.end).is_err() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// What became of an attempt to register an area.
+enum Registered {
+    Yes,
+    /// It has changed since the list was read.
+    Changed,
+    /// Of a file that was opened for reading: it can never be written through.
+    ReadOnly,
+}
+
+fn register(space: &Space, area: &Area) -> Result<Registered, Followed> {
+    match register_write_tracking(space.uffd.as_fd(), area.start, area.end) {
+        Ok(()) => Ok(Registered::Yes),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EBUSY) => Err(Followed::Busy),
+            Some(libc::EINVAL) => Ok(Registered::Changed),
+            // `VM_MAYWRITE` (`userfaultfd_register` in fs/userfaultfd.c).
+            Some(libc::EPERM) => Ok(Registered::ReadOnly),
+            _ => Err(Followed::OtherSpace),
+        },
+    }
 }
 
 fn look(pagemap: &File, private: &Private, what: Scan, ranges: &mut Vec<Area>) -> io::Result<()> {
@@ -289,27 +480,63 @@ fn take_written(pagemap: &File, private: &Private, ranges: &mut Vec<Area>) -> io
     if private.is_file { look(pagemap, private, Scan::Swapped, ranges) } else { Ok(()) }
 }
 
+/// Counts what was written in areas that are followed; what can't be looked at, the next round will.
+fn count_written(pid: i32, areas: &Areas) -> io::Result<u64> {
+    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+    let mut bytes = 0;
+    for private in areas.private.iter().filter(|private| private.is_writable) {
+        let area = (private.area.start, private.area.end);
+        let scanned = scan(&pagemap, area, backing(private), Scan::Written, |start, end| bytes += end - start);
+        match scanned {
+            Err(error) if error.raw_os_error() != Some(libc::EPERM) => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(bytes)
+}
+
 impl Tracker for WriteProtect {
     fn name(&self) -> &'static str {
         "userfaultfd-wp"
     }
 
+    fn written_bytes(&mut self, tasks: &[i32]) -> u64 {
+        let followed = tasks.iter().filter(|pid| self.spaces.contains_key(pid));
+        let count = |pid: &i32| Areas::of(*pid, self.shared.device()).and_then(|areas| count_written(*pid, &areas));
+        followed.filter_map(|pid| count(pid).ok()).sum()
+    }
+
     fn take(&mut self, tasks: &[i32]) -> Result<Taken, TrackError> {
+        self.shared.begin(false).map_err(TrackError::Shared)?;
+        let (shared, owed, ended) = (&mut self.shared, &mut self.owed, &mut self.ended);
         self.spaces.retain(|pid, space| {
             let lives = tasks.contains(pid);
-            self.ended.extend((!lives).then_some(space.number));
+            if !lives {
+                lose(shared, space);
+                owed.retain(|owed| owed.space != space.number);
+                ended.push(space.number);
+            }
             lives
         });
-        self.owed.retain(|owed| tasks.contains(&owed.pid));
         let mut taken = Vec::new();
         for &pid in tasks {
-            if !self.spaces.contains_key(&pid) && (self.is_borrower(pid) || has_direct_io(pid)) {
+            let is_known = self.spaces.contains_key(&pid);
+            if !is_known && is_borrower(pid, self.spaces.keys()) {
+                continue;
+            }
+            let files = OpenFiles::of(pid);
+            files.in_memory.iter().for_each(|fd| self.shared.meet_open(pid, *fd, false));
+            if !is_known && files.has_direct_io {
+                self.doubt_all_of(pid, false);
                 continue;
             }
             match self.take_space(pid) {
                 Ok(pages) => taken.push(pages),
                 // Short-lived, or in the kernel for long: untracked now, and CRIU's to save if it is there at the freeze.
-                Err(TrackError::Inject(error)) => tracing::debug!(pid, %error, "a task is not tracked in this round"),
+                Err(TrackError::Inject(error)) => {
+                    tracing::debug!(pid, %error, "a task is not tracked in this round");
+                    self.doubt_all_of(pid, false);
+                }
                 Err(TrackError::Look { source, .. }) if is_gone(&source) => {}
                 Err(error) => {
                     self.owed.extend(taken);
@@ -317,29 +544,64 @@ impl Tracker for WriteProtect {
                 }
             }
         }
+        let (objects, written, ended) = self.shared.finish();
+        self.owed.retain(|owed| !ended.contains(&owed.space));
+        self.ended.extend(ended);
+        taken.extend(written);
         taken.append(&mut self.owed);
-        Ok(Taken { ended: std::mem::take(&mut self.ended), pages: taken })
+        Ok(Taken { ended: std::mem::take(&mut self.ended), objects, pages: taken })
     }
 
     fn put_back(&mut self, pages: Vec<SpacePages>) {
         self.owed.extend(pages);
     }
 
-    fn look_frozen(&mut self, tasks: &[i32]) -> Result<Vec<Frozen>, TrackError> {
+    fn look_frozen(&mut self, tasks: &[i32]) -> Result<Looked, TrackError> {
+        self.shared.begin(true).map_err(TrackError::Shared)?;
         let owed = std::mem::take(&mut self.owed);
-        let mut all = Vec::new();
+        let owed_of = |space: u32| owed.iter().filter(move |owed| owed.space == space);
+        let mut looks = Vec::new();
         for &pid in tasks {
-            let Some(space) = self.spaces.get_mut(&pid).filter(|_| !has_direct_io(pid)) else { continue };
-            let mut frozen = look_at(space, pid).map_err(|source| TrackError::Look { pid, source })?;
+            let files = OpenFiles::of(pid);
+            files.in_memory.iter().for_each(|fd| self.shared.meet_open(pid, *fd, true));
+            let Some(space) = self.spaces.get_mut(&pid).filter(|_| !files.has_direct_io) else {
+                // Also of one that borrows its parent's address space: what the parent has is found there.
+                self.doubt_all_of(pid, true);
+                continue;
+            };
+            looks.push(begin_look(space, pid, &mut self.shared).map_err(|source| TrackError::Look { pid, source })?);
+        }
+        let looks: Vec<_> =
+            looks.into_iter().filter_map(|look| self.spaces.get(&look.pid).map(|space| (look, space))).collect();
+        let mut all = Vec::new();
+        for ((look, _), Found { mut frozen, shared }) in looks.iter().zip(look_at_all(&looks)?) {
+            for ((area, _), written) in look.shared.iter().zip(shared) {
+                match written {
+                    Some(written) => written.into_iter().for_each(|range| self.shared.note(area, range)),
+                    None => self.shared.doubt(area.inode),
+                }
+            }
             // What is owed and has no content any more is owed no more.
-            for owed in owed.iter().filter(|owed| owed.space == space.number) {
+            for owed in owed_of(frozen.space) {
                 frozen.written.extend(intersection(&owed.ranges, &frozen.later));
                 frozen.written.extend(intersection(&owed.ranges, &frozen.at_once));
+                frozen.written = union(std::mem::take(&mut frozen.written));
             }
             all.push(frozen);
         }
-        self.find_inherited(&mut all);
-        Ok(all)
+        let marks: Vec<_> = self.spaces.values().map(|space| (space.number, space.marks.as_slice())).collect();
+        add_inherited(&mut all, &marks);
+        // Known and not here: it has ended.
+        for space in self.spaces.iter().filter(|(pid, _)| !tasks.contains(pid)).map(|(_, space)| space) {
+            lose(&mut self.shared, space);
+        }
+        let mut objects = self.shared.finish_frozen();
+        for object in &mut objects {
+            let ranges = owed_of(object.written.space).flat_map(|owed| owed.ranges.iter().cloned());
+            let ranges = std::mem::take(&mut object.written.ranges).into_iter().chain(ranges).collect();
+            object.written.ranges = union(ranges);
+        }
+        Ok(Looked { tasks: all, objects })
     }
 
     fn longest_stop(&self) -> Duration {
@@ -347,45 +609,6 @@ impl Tracker for WriteProtect {
     }
 }
 
-fn look_at(space: &mut Space, pid: i32) -> io::Result<Frozen> {
-    let mut frozen = Frozen { pid, space: space.number, ..Frozen::default() };
-    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
-    // What is locked changes without a trace in the areas themselves.
-    if status_bytes(pid, "VmLck") > 0 || space.marks.iter().any(|(_, mark)| *mark == Mark::AtOnce) {
-        space.marks = marks(pid)?;
-    }
-    for private in private(pid)? {
-        let at_once = private.is_file || space.mark(&private.area).is_some();
-        let content = if at_once { &mut frozen.at_once } else { &mut frozen.later };
-        let before = (frozen.written.len(), content.len());
-        let Area { start, end } = private.area;
-        let found = scan_content_and_written(&pagemap, (start, end), backing(&private), |start, end, is_written| {
-            if is_written {
-                frozen.written.push(start..end);
-            }
-            match content.last_mut() {
-                Some(last) if last.end == start && last.start >= private.area.start => last.end = end,
-                _ => content.push(start..end),
-            }
-        });
-        match found {
-            Ok(()) => {}
-            // New since the last round: CRIU's.
-            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
-                frozen.written.truncate(before.0);
-                content.truncate(before.1);
-                continue;
-            }
-            Err(error) => return Err(error),
-        }
-        if private.is_file {
-            look(&pagemap, &private, Scan::Swapped, &mut frozen.written)?;
-        }
-        frozen.followed.push(private.area);
-    }
-    Ok(frozen)
-}
-
-fn is_gone(error: &io::Error) -> bool {
+pub(super) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }

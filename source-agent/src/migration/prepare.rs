@@ -1,26 +1,33 @@
 //! From the first word to the destination until both runtimes wait: the container runs all the time.
 
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use longhaul_common::cgroup::Freezer;
+use longhaul_common::config::TrackerChoice;
+use longhaul_common::criu::rpc;
 use longhaul_common::description::Network;
 use longhaul_common::net::{Netns, neighbours};
 use longhaul_common::obstacle::Obstacle;
-use longhaul_common::sys::memory::PAGE;
+use longhaul_common::sys::memory::{PAGE, tracks_writes};
 use longhaul_proto::peer::Offer;
 
 use super::save::Ready;
 use super::{MAX_LIVE_PASSES, MigrationError, SETTLED_BYTES, Trip};
 use crate::checkpoint::{Armed, Externals, images_dir};
+use crate::file_watch::FileWatch;
 use crate::inspect::{InspectError, Inspection, inspect};
-use crate::memory::filter;
-use crate::memory::lanes::{Allowed, Lanes};
+use crate::memory::lanes::{Allowed, Lanes, Pacers};
 use crate::memory::precopy::{MemoryError, Precopy, Step, mib};
 use crate::memory::predict::{Limits, Outlook};
-use crate::memory::tracker::{TrackError, WriteProtect};
-use crate::options::{DEFAULT_MAX_DOWNTIME, DEFAULT_MAX_ROUNDS, TimeoutAction};
+use crate::memory::soft_dirty::{self, SoftDirty};
+use crate::memory::throttle::Throttling;
+use crate::memory::tracker::{TrackError, Tracker, WriteProtect};
+use crate::memory::{filter, flags};
+use crate::options::{DEFAULT_MAX_DOWNTIME, DEFAULT_MAX_ROUNDS, PostCopy, TimeoutAction, Tuning};
 use crate::peer::{Pages, Peer, Session};
-use crate::push::{Pass, PushError, Trees};
+use crate::push::{Pass, PushError, Round, Trees};
 use crate::report::{MemoryReport, millis};
 
 /// Both sides fit together.
@@ -66,7 +73,11 @@ impl Accepted {
         self.session.prepare().await?;
         std::fs::create_dir_all(images_dir(&trip.dir))
             .map_err(|source| InspectError::File { path: trip.dir.clone(), source })?;
-        let trees = Trees::new(&self.inspection.description, &self.missing_layers).map_err(PushError::from)?;
+        let (description, init) = (&self.inspection.description, self.inspection.live.init);
+        // Not yet: changes that it would miss are known (blocks smaller than a page; data=journal that the superblock asks for; a file that
+        // shrinks while it is read and grows again by direct I/O).
+        let watch: Option<Arc<FileWatch>> = None;
+        let trees = Trees::new(description, init, &self.missing_layers, watch.as_ref()).map_err(PushError::from)?;
         Ok(Prepared { peer: self.peer, session: self.session, inspection: self.inspection, trees, memory: None })
     }
 }
@@ -84,15 +95,41 @@ pub(super) struct Prepared {
 impl Prepared {
     pub(super) async fn presync(mut self, trip: &Trip) -> Result<Synced, MigrationError> {
         for _ in 0..MAX_LIVE_PASSES {
-            let round = self.trees.push(&self.peer, &trip.migration, Pass::Live).await?;
+            let round = self.push_live(trip).await?;
             let what = format!("pass {}: {} items", self.trees.passes(), round.items);
             trip.progress("rootfs-presync", what, round.bytes, 0);
-            trip.job.note(|report| report.bytes_on_wire += round.bytes);
             if round.bytes <= SETTLED_BYTES {
                 break;
             }
         }
         Ok(Synced(self))
+    }
+}
+
+impl Prepared {
+    /// Sends what was written since the last round, so that it does not fall into the downtime.
+    pub(super) async fn catch_up(&mut self, trip: &Trip) -> Result<(), MigrationError> {
+        if self.memory.is_some() {
+            self.push_live(trip).await?;
+        }
+        if let Some(memory) = &mut self.memory {
+            memory.last_live_round().await?;
+        }
+        Ok(())
+    }
+
+    /// One pass over all trees while the container runs.
+    async fn push_live(&mut self, trip: &Trip) -> Result<Round, MigrationError> {
+        let round = self.trees.push(&self.peer, &trip.migration, Pass::Live).await?;
+        trip.job.note(|report| report.bytes_on_wire += round.bytes);
+        Ok(round)
+    }
+
+    /// What tasks map of memory filesystems is looked at in the next pass.
+    pub(super) fn recheck_mapped(&self) -> Result<(), MigrationError> {
+        let tasks = self.inspection.live.freezer.tasks().map_err(MemoryError::from)?;
+        let path = PathBuf::from("/proc");
+        Ok(self.trees.recheck_mapped(&tasks).map_err(|source| InspectError::File { path, source })?)
     }
 }
 
@@ -123,16 +160,22 @@ impl Synced {
         trip.job.note(|report| {
             report.memory = MemoryReport {
                 tracker: Some(memory.tracker_name().to_owned()),
-                path: if trip.options.eager { "eager" } else { "lazy" }.to_owned(),
+                path: match (trip.options.eager, memory.owes()) {
+                    (true, _) => "eager",
+                    (false, true) => "post-copy",
+                    (false, false) => "lazy",
+                }
+                .to_owned(),
                 longest_stop_ms: millis(memory.longest_stop()),
                 predicted_downtime_ms: Some(memory.predicted_ms),
+                throttled: memory.throttled(),
                 ..std::mem::take(&mut report.memory)
             };
         });
         prepared.memory = Some(memory);
+        prepared.recheck_mapped()?;
         // What the container wrote into its files meanwhile must not be left for the freeze.
-        let round = prepared.trees.push(&prepared.peer, &trip.migration, Pass::Live).await?;
-        trip.job.note(|report| report.bytes_on_wire += round.bytes);
+        prepared.push_live(trip).await?;
         Ok(Copied(prepared))
     }
 }
@@ -140,13 +183,40 @@ impl Synced {
 /// Why memory can't be copied beforehand.
 struct Without(String);
 
+/// The tracker that was asked for, or else the best that this kernel has.
+fn choose(trip: &Trip, init: i32, freezer: &Freezer) -> Result<Box<dyn Tracker>, Without> {
+    let failed = |error: std::io::Error| Without(error.to_string());
+    let soft_dirty = || SoftDirty::new(init, freezer.clone(), trip.env.paused.clone(), &trip.migration).map_err(failed);
+    match trip.env.config.tracker {
+        TrackerChoice::WriteProtect => Ok(Box::new(WriteProtect::new(init).map_err(failed)?)),
+        TrackerChoice::SoftDirty if soft_dirty::works() => Ok(Box::new(soft_dirty()?)),
+        TrackerChoice::SoftDirty => {
+            Err(Without("this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY): set `tracker = \"auto\"` in source.toml".to_owned()))
+        }
+        TrackerChoice::Auto if tracks_writes() => Ok(Box::new(WriteProtect::new(init).map_err(failed)?)),
+        // Only if it is asked for, until the self-checking workload has been moved with it (docs/testing.md).
+        TrackerChoice::Auto if soft_dirty::works() => Err(Without(
+            "this kernel can't protect written pages (Linux 6.7 or newer can); it has soft-dirty bits, which are tried with \
+             `tracker = \"soft-dirty\"` in source.toml"
+                .to_owned(),
+        )),
+        TrackerChoice::Auto => Err(Without(
+            "this kernel can't tell which pages were written: Linux 6.7 or newer can (PAGEMAP_SCAN, userfaultfd WP_ASYNC), \
+             or one with soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)"
+                .to_owned(),
+        )),
+    }
+}
+
 /// Opens the page connection.
 async fn begin(trip: &Trip, prepared: &Prepared) -> Result<Precopy, Without> {
     let engine = &trip.env.config.engine;
     if !engine.filter.is_file() {
         return Err(Without(format!("{} is not installed", engine.filter.display())));
     }
-    let allowed = Allowed { bandwidth: trip.options.bandwidth, streams: trip.options.streams };
+    let tuning = *trip.job.tuning.borrow();
+    let bandwidth = tuning.bandwidth.or(trip.options.bandwidth).filter(|limit| *limit != Tuning::NO_LIMIT);
+    let allowed = Allowed { bandwidth, streams: trip.options.streams };
     let lanes = Lanes::connect(&trip.env.identity, &trip.address, &trip.migration, allowed)
         .await
         .map_err(|error| Without(error.to_string()))?;
@@ -155,16 +225,24 @@ async fn begin(trip: &Trip, prepared: &Prepared) -> Result<Precopy, Without> {
         residual_bytes: 0,
         bytes_per_second: 0.0,
         memory_bytes: prepared.inspection.description.memory_bytes,
+        reads_smaps: !flags::are_cheap() || !trip.env.capabilities.criu.is_some_and(filter::knows_smaps_of),
         round_trip: prepared.peer.round_trip(),
         fixed: trip.env.fixed_downtime.get(),
     };
     let limits = Limits {
         // What was not asked for must not be what fails on a slow machine.
-        max_downtime: trip.options.max_downtime.unwrap_or(DEFAULT_MAX_DOWNTIME.max(outlook.downtime() + MEMORY_SHARE)),
+        max_downtime: tuning
+            .max_downtime
+            .or(trip.options.max_downtime)
+            .unwrap_or(DEFAULT_MAX_DOWNTIME.max(outlook.downtime() + MEMORY_SHARE)),
         max_rounds: trip.options.max_rounds.unwrap_or(DEFAULT_MAX_ROUNDS),
+        postcopy: trip.options.postcopy != PostCopy::Never,
+        auto_converge: tuning.auto_converge.unwrap_or(trip.options.auto_converge),
     };
-    let tracker = Box::new(WriteProtect::new(live.init));
-    Ok(Precopy::new(tracker, lanes, live.freezer.clone(), limits, outlook))
+    let tracker = choose(trip, live.init, &live.freezer)?;
+    let throttling = Throttling::new(live.init, trip.env.throttled.clone(), &trip.migration);
+    let postcopy = trip.options.postcopy;
+    Ok(Precopy::new(tracker, lanes, live.freezer.clone(), limits, outlook, postcopy, throttling))
 }
 
 /// Rounds until it is time to freeze. A reason, where the kernel turns out to have no tracker.
@@ -174,7 +252,10 @@ async fn copy_in_rounds(
     inspection: &Inspection,
 ) -> Result<Option<String>, MigrationError> {
     let freeze_at = trip.options.timeout.filter(|_| trip.options.timeout_action == TimeoutAction::Freeze);
-    let meter = memory.meter();
+    let (meter, limits, pacers) = (memory.meter(), memory.limits(), memory.pacers());
+    let mut tuned = trip.job.tuning.subscribe();
+    // Also what was changed since the limits were read.
+    tuned.mark_changed();
     let mut told_to_wait = false;
     loop {
         let (before, total) = (meter.bytes(), inspection.description.memory_bytes);
@@ -190,9 +271,18 @@ async fn copy_in_rounds(
                 );
             }
         };
+        let tuning = async {
+            while tuned.changed().await.is_ok() {
+                let tuning = *tuned.borrow_and_update();
+                tune(tuning, &mut limits.lock().unwrap_or_else(PoisonError::into_inner), &pacers);
+                trip.progress("pre-copy", "tuned".to_owned(), 0, 0);
+            }
+            std::future::pending::<()>().await;
+        };
         let step = tokio::select! {
             step = memory.step() => step,
             () = ticking => continue,
+            () = tuning => continue,
         };
         match step {
             Ok(Step::Sent(round)) => {
@@ -215,9 +305,12 @@ async fn copy_in_rounds(
                     trip.progress("pre-copy", "memory of the last move is still arriving here".to_owned(), 0, 0);
                 }
             }
-            Ok(Step::Freeze) => return Ok(None),
+            Ok(Step::Freeze | Step::PostCopy) => return Ok(None),
             Ok(Step::GiveUp { .. }) if trip.options.timeout_action == TimeoutAction::Freeze => return Ok(None),
-            Ok(Step::GiveUp { predicted_ms, dirty_mib_per_s }) => {
+            Ok(Step::GiveUp { rest_ms, .. }) if rest_ms > millis(memory.max_downtime()) => {
+                return Err(MigrationError::TooLong { rest_ms });
+            }
+            Ok(Step::GiveUp { predicted_ms, dirty_mib_per_s, .. }) => {
                 let rounds = memory.rounds.len();
                 return Err(MigrationError::TooFast { dirty_mib_per_s, predicted_ms, rounds });
             }
@@ -225,8 +318,19 @@ async fn copy_in_rounds(
             Err(error) => return Err(error.into()),
         }
         if freeze_at.is_some_and(|limit| trip.job.elapsed() > limit) {
+            memory.owe_if_long();
             return Ok(None);
         }
+    }
+}
+
+/// Changes a migration whose memory is being copied.
+fn tune(tuning: Tuning, limits: &mut Limits, pacers: &Pacers) {
+    tracing::info!(?tuning, "changed");
+    limits.max_downtime = tuning.max_downtime.unwrap_or(limits.max_downtime);
+    limits.auto_converge = tuning.auto_converge.unwrap_or(limits.auto_converge);
+    if let Some(bandwidth) = tuning.bandwidth {
+        pacers.set_limit(Some(bandwidth).filter(|limit| *limit != Tuning::NO_LIMIT));
     }
 }
 
@@ -255,6 +359,8 @@ impl Copied {
             longhaul_common::description::StdioTarget::File { key, .. } => Some(key.clone()),
             longhaul_common::description::StdioTarget::Pipe { .. } => None,
         }));
+        let tmpfs = prepared.inspection.description.tmpfs.iter().enumerate();
+        keys.extend(tmpfs.map(|(index, tmpfs)| format!("mnt[{}]:{}", tmpfs.destination, rpc::external_tmpfs(index))));
         let externals = Externals {
             keys,
             // With every interface's other end in our hands, or no interface at all.
@@ -264,16 +370,15 @@ impl Copied {
             environment: if pages == Pages::None { Vec::new() } else { vec![filter::environment(&trip.dir)] },
         };
         // First on record: what is started now outlives an agent that is killed.
-        trip.hold(&prepared.inspection).await?;
+        let owes = prepared.memory.as_ref().is_some_and(Precopy::owes);
+        trip.hold(&prepared.inspection, owes).await?;
         let armed = Armed::start(&trip.env.config.engine, &trip.container, &trip.dir, &externals).await?;
         let descriptors = armed.descriptors();
         trip.rollback.lock().await.checkpoint = Some(armed);
         let neighbours = Netns::of_task(live.init).and_then(|netns| neighbours(&netns)).map_err(InspectError::from)?;
         prepared.session.arm(descriptors?, neighbours, pages).await?;
-        if let Some(memory) = &mut prepared.memory {
-            // What was written while the runtimes were started.
-            memory.last_live_round().await?;
-        }
+        // A database's log grows by megabytes while the runtimes are started.
+        prepared.catch_up(trip).await?;
         Ok(Ready { prepared, pages })
     }
 }

@@ -96,11 +96,7 @@ impl Hands for Live {
             checkpoint.kill().await;
         }
         // The namespace would take them along, but only some time after its last task.
-        for port in ports {
-            if let Err(error) = port.remove() {
-                tracing::debug!(%error, "the interface was gone already");
-            }
-        }
+        ports.iter().for_each(Port::remove_if_there);
         retire(&self.runtime, &record.description, &self.migration, &self.to).await;
     }
 }

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use longhaul_common::cgroup::CgroupError;
 use tokio::sync::mpsc;
 
 use super::commit::{Restored, note_timings};
@@ -12,8 +13,10 @@ use super::quiesce::quiesce;
 use super::{IMAGE_QUEUE, MigrationError, Trip};
 use crate::checkpoint::{CheckpointError, images_dir};
 use crate::images::{ImageSender, Sent};
+use crate::memory::serve::Serving;
 use crate::peer::{Pages, Session};
 use crate::push::{Pass, Round};
+use crate::report::PostCopyReport;
 
 /// Both runtimes wait for their word.
 pub(super) struct Ready {
@@ -21,21 +24,46 @@ pub(super) struct Ready {
     pub(super) pages: Pages,
 }
 
+/// Freezes that are tried while a task can't be stopped: a disk that is busy for longer than these is in trouble.
+const FREEZES: u32 = 8;
+/// How long the container goes on between two of them: it can do some of what it was kept from.
+const BETWEEN_FREEZES: Duration = Duration::from_millis(300);
+
 impl Ready {
-    pub(super) async fn freeze(self, trip: &Trip) -> Result<Frozen, MigrationError> {
-        let Self { prepared, pages } = self;
-        let at = Instant::now();
+    pub(super) async fn freeze(mut self, trip: &Trip) -> Result<Frozen, MigrationError> {
         let mut rollback = trip.rollback.lock().await;
-        let live = &prepared.inspection.live;
+        let live = &self.prepared.inspection.live;
         let (freezer, ports, init) = (live.freezer.clone(), live.ports.clone(), live.init);
         rollback.freezer = Some(freezer.clone());
         rollback.ports.clone_from(&ports);
         drop(rollback);
-        tokio::task::spawn_blocking(move || quiesce(&freezer, &ports, init))
-            .await
-            .map_err(|_| MigrationError::Panicked)??;
-        trip.step("freeze", at.elapsed());
-        Ok(Frozen { prepared, pages, at })
+        if let Some(memory) = &self.prepared.memory {
+            // A task that waits for processor time can't be frozen, and CRIU would save the quota.
+            memory.give_back();
+        }
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            trip.job.note(|report| report.freezes = attempt);
+            let at = Instant::now();
+            let (freezer, ports) = (freezer.clone(), ports.clone());
+            let frozen = tokio::task::spawn_blocking(move || quiesce(&freezer, &ports, init)).await;
+            match frozen.map_err(|_| MigrationError::Panicked)? {
+                Err(MigrationError::Cgroup(error @ CgroupError::Stuck { .. })) if attempt < FREEZES => {
+                    tracing::warn!(attempt, %error, "the container goes on for a moment");
+                }
+                done => {
+                    done?;
+                    trip.step("freeze", at.elapsed());
+                    return Ok(Frozen { prepared: self.prepared, pages: self.pages, at, serving: None });
+                }
+            }
+            // What it does until the next attempt must not fall into the downtime.
+            trip.still_wanted()?;
+            tokio::time::sleep(BETWEEN_FREEZES).await;
+            self.prepared.catch_up(trip).await?;
+            trip.still_wanted()?;
+        }
     }
 }
 
@@ -45,6 +73,8 @@ pub(super) struct Frozen {
     pages: Pages,
     /// Since when.
     pub(super) at: Instant,
+    /// Sends what is owed of its memory.
+    pub(super) serving: Option<Serving>,
 }
 
 impl Frozen {
@@ -55,6 +85,7 @@ impl Frozen {
 
     /// CRIU's dump, its images, the last pages, and the last change of the files: all at once.
     pub(super) async fn save(mut self, trip: &Trip) -> Result<Saved, MigrationError> {
+        self.prepared.recheck_mapped()?;
         let Prepared { peer, inspection, trees, memory, .. } = &mut self.prepared;
         let start = Instant::now();
         let last = match memory.as_ref() {
@@ -96,12 +127,25 @@ impl Frozen {
         };
         // The first failure ends them all: with a destination that is gone, the container must not stay frozen for the rest.
         let ((), sent, mut round, last_round) = tokio::try_join!(dump, images, files, pages)?;
-        if let Some(last) = &last
-            && !last.check(&trip.dir)?
-        {
-            let reason = "this CRIU did not ask the library that leaves pages out: its images held all memory";
-            tracing::warn!(reason);
-            trip.job.note(|report| report.memory.fallback = Some(reason.to_owned()));
+        if let (Some(memory), Some(last)) = (memory.as_ref().filter(|memory| memory.owed_pages > 0), last.as_ref()) {
+            // From now on: tasks may want a page while CRIU puts them together.
+            let may_pack = trip.options.bandwidth.is_none();
+            let (identity, address) = (&trip.env.identity, &trip.address);
+            self.serving = Some(Serving::start(identity, address, &trip.migration, last.sources(), may_pack));
+            let owed_pages = memory.owed_pages;
+            trip.job.note(|report| {
+                report.memory.postcopy = Some(PostCopyReport { owed_pages, ..PostCopyReport::default() });
+            });
+        }
+        let left_out = last.as_ref().map(|last| last.check(&trip.dir)).transpose()?;
+        if let Some(left_out) = &left_out {
+            let flags_from = if left_out.smaps { "iterator" } else { "smaps" };
+            trip.job.note(|report| report.memory.flags_from = Some(flags_from.to_owned()));
+            if !left_out.has_all {
+                let reason = "this CRIU did not ask the library that leaves pages out: its images held all memory";
+                tracing::warn!(reason);
+                trip.job.note(|report| report.memory.fallback = Some(reason.to_owned()));
+            }
         }
         if made_links(&trip.dir) {
             // CRIU linked unlinked files back into the tree for the restore: they have to be there, too.
@@ -114,7 +158,8 @@ impl Frozen {
             report.rootfs_passes = trees.passes();
             report.memory.last_round = last_round;
         });
-        Ok(Saved { frozen: self, sent })
+        let shared = left_out.map(|left_out| left_out.objects).unwrap_or_default();
+        Ok(Saved { frozen: self, sent, shared })
     }
 }
 
@@ -153,12 +198,15 @@ fn made_links(dir: &std::path::Path) -> bool {
 pub(super) struct Saved {
     frozen: Frozen,
     sent: Sent,
+    /// Shared memory that CRIU left out of its images, by its inodes.
+    shared: Vec<u64>,
 }
 
 impl Saved {
     pub(super) async fn restore(self, trip: &Trip) -> Result<Restored, MigrationError> {
         let start = Instant::now();
-        let (timings, stored_pages) = self.frozen.prepared.session.restore(self.sent, self.frozen.pages).await?;
+        let (timings, stored_pages) =
+            self.frozen.prepared.session.restore(self.sent, self.frozen.pages, self.shared).await?;
         trip.step("restore", start.elapsed());
         trip.job.note(|report| report.memory.stored_pages = stored_pages);
         note_timings(trip, timings);

@@ -1,22 +1,17 @@
 //! How long a container is away, and what it notices besides.
 
-use std::net::Ipv4Addr;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use super::subject::{Measure, Running, Subject, number, try_migrate, wait_ready};
 use super::{Bench, Row, round, stop_and_copy};
 use crate::client::Client;
-use crate::container::ContainerSpec;
+use crate::container::{ContainerSpec, REDIS, pss};
 use crate::lab::Host;
-
-/// One thing that is measured.
-pub(super) struct Measure {
-    pub(super) name: &'static str,
-    pub(super) run: fn(&Bench) -> Result<Vec<Row>>,
-}
+use crate::scenarios::settle;
 
 /// All, in the order of the table.
 pub(super) const MEASURES: &[Measure] = &[
@@ -29,65 +24,8 @@ pub(super) const MEASURES: &[Measure] = &[
     Measure { name: "writer faster than the link", run: too_fast },
 ];
 
-const REDIS: [&str; 9] =
-    ["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--enable-debug-command", "yes"];
 /// Keys of 900 bytes that make a GiB.
 const KEYS: u64 = 1_000_000;
-
-/// A container that is removed in the end, wherever it is.
-struct Subject<'a> {
-    name: &'static str,
-    hosts: [&'a Host; 2],
-}
-
-impl<'a> Subject<'a> {
-    fn start(bench: &'a Bench, name: &'static str, last: u8, command: &[&str]) -> Result<Self> {
-        let (a, b, _) = bench.hosts()?;
-        ContainerSpec::new(name, Ipv4Addr::new(10, 77, 0, last), command).start(a)?;
-        Ok(Self { name, hosts: [a, b] })
-    }
-
-    /// Moves it to the other host and back again, so that it is where it was for the next sample; the first report.
-    fn moved(&mut self, options: &[&str]) -> Result<Value> {
-        let report = migrate(self.name, self.hosts[0], self.hosts[1], options)?;
-        self.hosts.swap(0, 1);
-        Ok(report)
-    }
-}
-
-impl Drop for Subject<'_> {
-    fn drop(&mut self) {
-        for host in self.hosts {
-            let name = self.name;
-            let _ = host.sh(&format!(
-                "runc delete --force {name} 2>/dev/null || true; umount -l /srv/containers/{name}/rootfs 2>/dev/null || true; \
-                 rm -rf /srv/containers/{name} /var/log/containers/{name}.log"
-            ));
-        }
-    }
-}
-
-/// Runs `migrate`, which must succeed; its report.
-fn migrate(name: &str, from: &Host, to: &Host, options: &[&str]) -> Result<Value> {
-    let report = try_migrate(name, from, to, options)?;
-    ensure!(report["outcome"] == "moved", "the move failed: {}", report["error"]);
-    Ok(report)
-}
-
-fn try_migrate(name: &str, from: &Host, to: &Host, options: &[&str]) -> Result<Value> {
-    let words = ["migrate", name, "--to", &to.name, "-q", "--format", "json"];
-    let output = from.output(words.iter().chain(options))?;
-    serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
-}
-
-fn number(value: &Value) -> f64 {
-    value.as_f64().unwrap_or(f64::NAN)
-}
-
-/// Waits until the filler of the last move has ended: its work must not count as the next one's.
-fn settle(host: &Host) -> Result<()> {
-    host.sh("for i in $(seq 600); do pgrep -x longhaul-fill >/dev/null || exit 0; sleep 0.1; done; exit 1").map(drop)
-}
 
 /// The gap a probe saw, and the reports, of moves to and fro under it.
 fn probed(bench: &Bench, subject: &mut Subject<'_>, address: &str) -> Result<(Vec<f64>, Vec<Value>)> {
@@ -157,21 +95,6 @@ fn idle(bench: &Bench) -> Result<Vec<Row>> {
     ])
 }
 
-fn wait_ready(host: &Host, name: &str) -> Result<()> {
-    host.sh(&format!(
-        "for i in $(seq 600); do grep -q ready /var/log/containers/{name}.log && exit 0; sleep 0.1; done; exit 1"
-    ))
-    .map(drop)
-}
-
-/// The sum of PSS of a container's tasks, in KiB.
-fn pss(host: &Host, name: &str) -> Result<f64> {
-    let text = host.sh(&format!(
-        "for pid in $(runc ps --format json {name} | tr -d '[]' | tr ',' ' '); do cat /proc/$pid/smaps_rollup; done | awk '/^Pss:/ {{sum += $2}} END {{print sum}}'"
-    ))?;
-    text.trim().parse().context("read PSS")
-}
-
 fn populate(c: &Host, address: &str) -> Result<()> {
     c.sh(&format!(
         "lab-tool wait-port {address}:6379 --seconds 20; redis-cli -h {address} debug populate {KEYS} key 900"
@@ -184,20 +107,6 @@ fn writer(c: &Host, address: &str) -> Result<Running> {
     let words = ["lab-tool", "redis-write", "--addr", address, "--rate", "20000", "--keys", &keys];
     let child = c.command(words).stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
     Ok(Running(child))
-}
-
-/// A program on a host that ends with this value.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let pid = self.0.id();
-        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-        for child in children.split_whitespace().filter_map(|pid| pid.parse().ok()) {
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(child), nix::sys::signal::Signal::SIGTERM);
-        }
-        let _ = self.0.wait();
-    }
 }
 
 fn busy_redis(bench: &Bench) -> Result<Vec<Row>> {
@@ -398,10 +307,10 @@ fn rounds(report: &Value) -> impl Iterator<Item = &Value> {
 }
 
 /// A link of 1 Gbit/s between two hosts, for as long as this value lives.
-struct Shaped<'a>([&'a Host; 2]);
+pub(super) struct Shaped<'a>([&'a Host; 2]);
 
 impl<'a> Shaped<'a> {
-    fn new(hosts: [&'a Host; 2]) -> Result<Self> {
+    pub(super) fn new(hosts: [&'a Host; 2]) -> Result<Self> {
         for host in hosts {
             host.sh("tc qdisc replace dev eth0 root tbf rate 1gbit burst 256k latency 20ms")?;
         }

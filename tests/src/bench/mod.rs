@@ -1,7 +1,10 @@
 //! `cargo lab bench`: figures side by side in one run, as ratios. Never part of the tests: machines are noisy.
 
 mod blackout;
+mod converge;
+mod hard;
 mod stop_and_copy;
+mod subject;
 
 use anyhow::{Result, bail};
 use serde::Serialize;
@@ -35,6 +38,12 @@ impl Row {
     fn alone(row: &'static str, unit: &'static str, samples: Vec<f64>, bar: &'static str, most: f64) -> Self {
         let value = median(&samples);
         Self { row, value, unit, baseline: None, ratio: None, bar, holds: value <= most, samples }
+    }
+
+    /// A measure without a baseline that should be large.
+    fn at_least(row: &'static str, unit: &'static str, samples: Vec<f64>, bar: &'static str, least: f64) -> Self {
+        let row = Self::alone(row, unit, samples, bar, f64::INFINITY);
+        Self { holds: row.value >= least, ..row }
     }
 
     /// A measure beside another; `holds` decides from value and ratio.
@@ -86,8 +95,17 @@ impl Bench {
     }
 }
 
-/// Measures the rows whose name contains `only`; whether all hold.
-pub fn blackout(json: bool, only: &str, samples: usize) -> Result<bool> {
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Table {
+    /// How long a container is away.
+    Blackout,
+    /// The same where memory is hard: shared, or much of it in files.
+    Hard,
+}
+
+/// Measures the rows of a table whose name contains `only`; whether all hold.
+pub fn run(table: Table, json: bool, only: &str, samples: usize) -> Result<bool> {
     let lab = Lab::up(&format!("bench-{}", std::process::id()), 3)?;
     agents::install(&lab)?;
     let bench = Bench { lab, samples: samples.max(1) };
@@ -95,7 +113,11 @@ pub fn blackout(json: bool, only: &str, samples: usize) -> Result<bool> {
     if !json {
         println!("{:<44} {:>12} {:<8} {:>12} {:>8}  bar", "measure", "value", "unit", "baseline", "ratio");
     }
-    for measure in blackout::MEASURES {
+    let measures = match table {
+        Table::Blackout => blackout::MEASURES,
+        Table::Hard => hard::MEASURES,
+    };
+    for measure in measures {
         if !measure.name.contains(only) {
             continue;
         }

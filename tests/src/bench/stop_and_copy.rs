@@ -8,10 +8,15 @@ use serde_json::{Value, json};
 use crate::container::{ContainerSpec, Rootfs};
 use crate::lab::Host;
 
+/// Where CRIU has no `CAP_SYS_RESOURCE`, as in these hosts, it can't read the limits of tasks of other users than root. The library reads
+/// them for it, and does nothing else unless it is told to.
+const RLIMITS: &str = "LD_PRELOAD=/usr/local/libexec/longhaul/liblonghaul_criu_filter.so";
+
 /// The network namespace, pinned so that CRIU leaves it alone on both hosts.
 const NETNS: &str = "/run/netns/byhand";
 
-fn pin_network(config: &mut Value) {
+/// See [`NETNS`].
+pub(super) fn pin_network(config: &mut Value) {
     if let Some(namespaces) = config["linux"]["namespaces"].as_array_mut() {
         for namespace in namespaces.iter_mut().filter(|namespace| namespace["type"] == "network") {
             namespace["path"] = json!(NETNS);
@@ -66,7 +71,7 @@ pub(super) fn move_by_hand(spec: &ContainerSpec, from: &Host, to: &Host) -> Resu
 
     let start = Instant::now();
     from.sh(&format!(
-        "runc checkpoint --tcp-established --file-locks --image-path /run/byhand/images --work-path /run/byhand/work {name}; \
+        "{RLIMITS} runc checkpoint --tcp-established --file-locks --image-path /run/byhand/images --work-path /run/byhand/work {name}; \
          ip link set v{last} down; cp -a {bundle}/upper /run/byhand/upper; \
          tar -c -C /run/byhand . | zstd -q -1 | socat -u -b1048576 - TCP:{port}"
     ))

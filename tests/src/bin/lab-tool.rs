@@ -45,6 +45,10 @@ enum Command {
     TcpEcho(tool::hold::EchoOptions),
     /// Hold idle TCP connections and check each one at the end
     TcpHold(tool::hold::HoldOptions),
+    /// Keep a directory locked: who makes a file in it can't be stopped meanwhile
+    HoldDirectory(tool::hold_directory::Options),
+    /// Run scripts in a machine of `cargo lab vm`
+    VmAgent(tool::vm_agent::Options),
     /// Wait until a TCP port accepts connections
     WaitPort(tool::wait_port::Options),
     /// Kernel objects of all kinds, held by processes that verify them all the time
@@ -53,8 +57,15 @@ enum Command {
     /// Memory that verifies itself while it is written
     #[command(subcommand)]
     Memcheck(tool::memcheck::Command),
+    /// Counts of a container, kept durably elsewhere: it ran once, and only once
+    #[command(subcommand)]
+    Ledger(tool::ledger::Command),
     /// Memory that changes by command
     MemorySubject(tool::subject::Options),
+    /// Write memory over and over
+    Rewrite(tool::rewrite::Options),
+    /// Fill memory, fork workers that share it, and verify it when asked (`memcheck query`)
+    Prefork(tool::prefork::Options),
     /// Fill memory and sleep
     IdleMemory(tool::idle::Options),
     /// Fill memory of every kind and sleep
@@ -76,12 +87,17 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::UdpPing(options) => tool::udp::ping(&options)?,
         Command::GameServer(options) => tool::game::serve(&options)?,
         Command::GameClient(options) => tool::game::play(&options)?,
+        Command::Ledger(command) => tool::ledger::run(&command)?,
         Command::TcpEcho(options) => tool::hold::echo(&options)?,
         Command::TcpHold(options) => tool::hold::hold(&options)?,
+        Command::HoldDirectory(options) => tool::hold_directory::run(&options)?,
+        Command::VmAgent(options) => tool::vm_agent::run(&options)?,
         Command::WaitPort(options) => tool::wait_port::run(&options)?,
         Command::Selfcheck(command) => tool::selfcheck::run(command)?,
         Command::Memcheck(command) => tool::memcheck::run(command)?,
         Command::MemorySubject(options) => tool::subject::run(&options)?,
+        Command::Rewrite(options) => tool::rewrite::run(&options)?,
+        Command::Prefork(options) => tool::prefork::run(&options)?,
         Command::IdleMemory(options) => tool::idle::run(&options)?,
         Command::VariedMemory(options) => tool::varied::run(&options)?,
         Command::AddressHash(options) => tool::address_hash::run(&options)?,

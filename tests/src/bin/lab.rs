@@ -6,10 +6,11 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use longhaul_lab::bench::Table;
 use longhaul_lab::container::{ContainerSpec, Rootfs};
 use longhaul_lab::harness::Counts;
 use longhaul_lab::lab::Lab;
-use longhaul_lab::{agents, bench, demo, enter, harness, host_init, machine, scenarios, soak};
+use longhaul_lab::{agents, bench, demo, enter, faults, harness, host_init, machine, scenarios, soak, vm};
 
 #[derive(Parser)]
 #[command(name = "cargo lab", about = "Two real hosts on one machine: demo, tests, benchmarks", version)]
@@ -28,8 +29,14 @@ enum Command {
     },
     /// Run the unit tests and every scenario; with a word, only scenarios whose name has it
     Test {
-        /// Part of a scenario's name; `unit` for the unit tests alone
+        /// Part of a scenario's name; `unit` for the unit tests alone; `faults` for a mishap at every point of a move
         filter: Option<String>,
+        /// Of `faults`, those whose point or mishap has this in its name
+        #[arg(long, default_value = "")]
+        only: String,
+        /// End `faults` with one JSON object on standard output
+        #[arg(long)]
+        json: bool,
     },
     /// Measure, side by side with what others do
     Bench {
@@ -39,6 +46,12 @@ enum Command {
     },
     /// Move containers that check themselves to and fro, with mishaps, by a seed
     Soak(soak::Options),
+    /// Move containers between machines with other kernels, under QEMU
+    Vm {
+        /// Moves of each container, between each pair of machines
+        #[arg(long, default_value_t = 4)]
+        moves: usize,
+    },
     /// Bring up hosts that stay up
     Up {
         /// How many hosts
@@ -96,17 +109,22 @@ enum Command {
 #[derive(Subcommand)]
 enum BenchCommand {
     /// How long a container is away, by its memory, beside stop-and-copy by hand
-    Blackout {
-        /// One JSON object a row
-        #[arg(long)]
-        json: bool,
-        /// Only measures whose name has this word
-        #[arg(long, default_value = "")]
-        only: String,
-        /// Samples of each measure
-        #[arg(long, default_value_t = 5)]
-        samples: usize,
-    },
+    Blackout(BenchOptions),
+    /// The same for memory that is hard to move: shared, or in files
+    Hard(BenchOptions),
+}
+
+#[derive(clap::Args)]
+struct BenchOptions {
+    /// One JSON object a row
+    #[arg(long)]
+    json: bool,
+    /// Only measures whose name has this word
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Samples of each measure
+    #[arg(long, default_value_t = 5)]
+    samples: usize,
 }
 
 fn main() -> ExitCode {
@@ -127,14 +145,26 @@ fn run(command: Command) -> Result<i32> {
             prepare()?;
             Ok(i32::from(!demo::run(json)?))
         }
-        Command::Test { filter } => test(filter.as_deref()),
-        Command::Bench { what: BenchCommand::Blackout { json, only, samples } } => {
+        Command::Test { filter, only, json } if filter.as_deref() == Some("faults") => {
             prepare()?;
-            Ok(i32::from(!bench::blackout(json, &only, samples)?))
+            Ok(i32::from(!faults::run(&only, json)?))
+        }
+        Command::Test { filter, .. } => test(filter.as_deref()),
+        Command::Bench { what } => {
+            prepare()?;
+            let (table, BenchOptions { json, only, samples }) = match what {
+                BenchCommand::Blackout(options) => (Table::Blackout, options),
+                BenchCommand::Hard(options) => (Table::Hard, options),
+            };
+            Ok(i32::from(!bench::run(table, json, &only, samples)?))
         }
         Command::Soak(options) => {
             prepare()?;
             Ok(i32::from(!soak::run(&options)?))
+        }
+        Command::Vm { moves } => {
+            prepare()?;
+            Ok(i32::from(!vm::run(moves)?))
         }
         Command::Up { hosts } => {
             prepare()?;
@@ -194,6 +224,11 @@ fn test(filter: Option<&str>) -> Result<i32> {
         let scenarios = harness::run_scenarios(&scenarios::all(), filter.unwrap_or_default())?;
         counts.passed += scenarios.passed;
         counts.failed += scenarios.failed;
+    }
+    if filter.is_none() {
+        let faults = faults::short();
+        counts.passed += faults.passed;
+        counts.failed += faults.failed;
     }
     println!("{} passed, {} failed", counts.passed, counts.failed);
     Ok(i32::from(counts.failed > 0 || counts.passed == 0))

@@ -1,17 +1,19 @@
 //! Clients do not notice more than a pause.
 
 use std::net::Ipv4Addr;
+use std::process::Stdio;
 
 use anyhow::{Result, ensure};
 
-use super::{Stage, counter, move_to, must_have_counted_on, redis, wait_port};
+use super::{Stage, counter, move_to, must_have_counted_on, redis, runs, wait_port};
 use crate::client::Client;
-use crate::container::{ContainerSpec, Rootfs};
+use crate::container::{ContainerSpec, REDIS, Rootfs};
 use crate::harness::Scenario;
-use crate::lab::Lab;
+use crate::lab::{Host, Lab};
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
+        Scenario { name: "many containers move at once, in both directions", run: many_at_once },
         Scenario { name: "nginx under load fails no request", run: nginx_under_load },
         Scenario { name: "ten moves to and fro keep one connection", run: ten_moves },
         Scenario { name: "a redis connection counts through a move", run: redis_counts },
@@ -57,7 +59,7 @@ fn nginx_under_load(lab: &Lab) -> Result<()> {
     let load = stage
         .c
         .command(["wrk", "-t1", "-c16", "-d6s", "--timeout", "5s", "http://10.77.0.21/"])
-        .stdout(std::process::Stdio::piped())
+        .stdout(Stdio::piped())
         .spawn()?;
     let moved = move_to("nginx", stage.a, stage.b).and_then(|_| move_to("nginx", stage.b, stage.a));
     let output = load.wait_with_output()?;
@@ -88,7 +90,7 @@ fn container_as_client(lab: &Lab) -> Result<()> {
 }
 
 /// A sink takes one connection alone, so it can't be asked by connecting.
-fn wait_listening(host: &crate::lab::Host, port: u16) -> Result<()> {
+fn wait_listening(host: &Host, port: u16) -> Result<()> {
     host.sh(&format!(
         "for i in $(seq 500); do ss -Hltn sport = :{port} | grep -q . && exit 0; sleep 0.02; done; exit 1"
     ))
@@ -186,4 +188,59 @@ fn selfcheck(lab: &Lab) -> Result<()> {
 
 /// A task of another user that has changed its own rlimits can't be restored without `CAP_SYS_RESOURCE`, which this machine
 /// may not give.
-const WITHOUT: &str = "worker-user";
+pub(super) const WITHOUT: &str = "worker-user";
+
+/// Containers on each side.
+const EACH: u8 = 3;
+/// Addresses of the first of them.
+const FIRST: u8 = 60;
+
+fn many_at_once(lab: &Lab) -> Result<()> {
+    let stage = Stage::of(lab)?;
+    let mut clients = Vec::new();
+    let mut moves = Vec::new();
+    for number in 0..2 * EACH {
+        let (from, to) = if number < EACH { (stage.a, stage.b) } else { (stage.b, stage.a) };
+        let (name, address) = (format!("many{number}"), Ipv4Addr::new(10, 77, 0, FIRST + number));
+        ContainerSpec::new(&name, address, &REDIS).start(from)?;
+        let server = format!("{address}:6379");
+        wait_port(stage.c, &server)?;
+        let mut client = Client::start(stage.c, &["redis-incr", "--addr", &server, "--interval-us", "2000"])?;
+        client.wait_progress("operations", 50)?;
+        clients.push(client);
+        moves.push((name, from, to));
+    }
+    let start = |(name, from, to): &(String, &Host, &Host)| {
+        from.command(["migrate", name, "--to", &to.name, "-q"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()
+    };
+    // The first is asked for twice: whichever request comes first moves it, the other is refused.
+    let (twice, rest) = moves.split_at(1);
+    let rivals = [start(&twice[0])?, start(&twice[0])?];
+    let under_way = rest.iter().map(start).collect::<std::io::Result<Vec<_>>>()?;
+    let mut refused = 0;
+    for rival in rivals {
+        let output = rival.wait_with_output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        if !output.status.success() {
+            ensure!(
+                output.status.code() == Some(1) && said.contains("being moved already"),
+                "{:?}: {said}",
+                output.status
+            );
+            refused += 1;
+        }
+    }
+    ensure!(refused == 1, "of two requests to move one container at the same time, {refused} were refused");
+    for (moving, (name, ..)) in under_way.into_iter().zip(rest) {
+        let output = moving.wait_with_output()?;
+        ensure!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    for (name, from, to) in &moves {
+        ensure!(runs(to, name)? && !runs(from, name)?, "{name} does not run where it was moved to");
+    }
+    for mut client in clients {
+        client.wait_progress("operations", 50)?;
+        must_have_counted_on(&client.finish()?)?;
+    }
+    Ok(())
+}

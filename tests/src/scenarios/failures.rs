@@ -1,17 +1,23 @@
 //! A move that fails or is cancelled leaves the container and its clients as they were.
 
-use anyhow::{Result, ensure};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
 
 use super::{Stage, counter, migrate, move_to, must_have_counted_on, redis, runs};
-use crate::agents::{self, Agent};
+use crate::agents::{self, Agent, ask_fault};
 use crate::client::Client;
 use crate::harness::Scenario;
 use crate::lab::{Host, Lab};
+use crate::soak;
+use crate::soak::migration::{Cancel, Ending};
+use crate::soak::plan::Way;
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
         Scenario { name: "a restore that fails leaves the source running and connected", run: failed_restore },
         Scenario { name: "a cancelled move leaves the source running and connected", run: cancelled },
+        Scenario { name: "a move cancelled at any moment of its restore leaves nothing there", run: cancelled_restore },
         Scenario {
             name: "a destination agent that is killed leaves the source running and connected",
             run: dest_killed,
@@ -85,15 +91,34 @@ fn cancelled(lab: &Lab) -> Result<()> {
     destination_is_empty(stage.b)
 }
 
+fn cancelled_restore(lab: &Lab) -> Result<()> {
+    let stage = Stage::of(lab)?;
+    redis(stage.a, stage.c)?;
+    let client = counter(stage.c)?;
+    let mut hosts = [stage.a, stage.b];
+    for way in [Way::Default, Way::PostCopy] {
+        for after in [0, 10, 20, 40, 60, 80].map(Duration::from_millis) {
+            let [here, there] = hosts;
+            let cancel = Cancel { phase: "restore", after };
+            match soak::migration::migrate("web", here, there, way, Some(cancel))? {
+                Ending::Cancelled => destination_is_empty(there).with_context(|| format!("{way:?}, {after:?}"))?,
+                Ending::Moved { .. } => hosts.swap(0, 1),
+                Ending::Stayed(why) => bail!("{way:?}, {after:?}: {why}"),
+            }
+        }
+    }
+    goes_on(client, hosts[0])
+}
+
 fn dest_killed(lab: &Lab) -> Result<()> {
     let stage = Stage::of(lab)?;
     redis(stage.a, stage.c)?;
     grow(stage.c)?;
     let client = counter(stage.c)?;
+    ask_fault(stage.b, Agent::Dest, "destination:heard:restore", "kill")?;
     let mut moving = stage.a.command(["migrate", "web", "--to", &stage.b.name, "--progress", "plain"]).spawn()?;
-    stage.a.sh("for i in $(seq 2000); do migrate status | grep running | grep -q -e freeze -e final-state && exit 0; sleep 0.002; done; exit 1")?;
-    stage.b.sh("pkill -KILL -x longhaul-dest")?;
     let status = moving.wait()?;
+    agents::clear_fault(stage.b, Agent::Dest)?;
     ensure!(status.code() == Some(1), "migrate ended with {status}");
     goes_on(client, stage.a)?;
     agents::start(stage.b, Agent::Dest)?;
@@ -106,9 +131,10 @@ fn source_killed(lab: &Lab) -> Result<()> {
     redis(stage.a, stage.c)?;
     grow(stage.c)?;
     let client = counter(stage.c)?;
+    ask_fault(stage.a, Agent::Source, "source:phase:final-state", "kill")?;
     let mut moving = stage.a.command(["migrate", "web", "--to", &stage.b.name, "--progress", "plain"]).spawn()?;
-    stage.a.sh("for i in $(seq 2000); do migrate status | grep running | grep -q -e freeze -e final-state && exec pkill -KILL -x longhaul-source; sleep 0.002; done; exit 1")?;
     let _ = moving.wait()?;
+    agents::clear_fault(stage.a, Agent::Source)?;
     agents::start(stage.a, Agent::Source)?;
     agents::wait_ready(stage.a)?;
     goes_on(client, stage.a)?;

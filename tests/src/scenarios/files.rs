@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 use anyhow::{Result, ensure};
 use serde_json::json;
 
+use super::clients::WITHOUT;
 use super::{Stage, migrate, move_to};
 use crate::container::{ContainerSpec, Rootfs};
 use crate::harness::Scenario;
@@ -18,7 +19,9 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         Scenario { name: "a log in a file goes on and the old one comes along", run: log_file },
         Scenario { name: "a log behind a pipe goes on in a file", run: log_pipe },
         Scenario { name: "volumes are copied or shared as they are told", run: volumes },
+        Scenario { name: "memory filesystems come along with what is in them", run: memory_filesystems },
         Scenario { name: "files that change during the move arrive as they were at the freeze", run: changing },
+        Scenario { name: "a task that can't be stopped for a while holds nothing up", run: unstoppable },
     ]
 }
 
@@ -200,5 +203,62 @@ fn changing(lab: &Lab) -> Result<()> {
     move_to("writer", stage.a, stage.b)?;
     // The writer goes on from where it was: a file that arrived late would break the sequence.
     exec(stage.b, "writer", "awk '{ if ($1 != NR) { print \"broken at \" NR; exit 1 } }' /out/log")?;
+    Ok(())
+}
+
+fn unstoppable(lab: &Lab) -> Result<()> {
+    let stage = Stage::of(lab)?;
+    let mut spec = ContainerSpec::new(
+        "waiter",
+        ADDRESS,
+        &["sh", "-c", "while :; do mkdir /busy/x; rmdir /busy/x; sleep 0.01; done"],
+    );
+    spec.mounts = vec![
+        json!({ "destination": "/busy", "source": "/srv/volumes/busy", "type": "bind", "options": ["rbind", "rw"] }),
+    ];
+    for host in [stage.a, stage.b] {
+        host.sh("mkdir -p /srv/volumes/busy")?;
+    }
+    spec.start(stage.a)?;
+    stage.a.sh("lab-tool hold-directory /srv/volumes/busy --seconds 4 >/dev/null 2>&1 </dev/null & \
+         for i in $(seq 400); do \
+           for pid in $(runc ps --format json waiter | tr -d '[]' | tr ',' ' '); do \
+             grep -q '^State:.D' /proc/$pid/status 2>/dev/null && exit 0; \
+           done; sleep 0.005; \
+         done; exit 1")?;
+    let moved = migrate(stage.a, &["waiter", "--to", &stage.b.name, "-q", "--volumes", "shared"])?;
+    ensure!(moved.code == 0, "{}", moved.text());
+    let freezes = moved.report["freezes"].as_u64();
+    ensure!(freezes.is_some_and(|freezes| freezes > 1), "it was stopped at once: {}", moved.report);
+    exec(stage.b, "waiter", "for i in $(seq 500); do [ -d /busy/x ] && exit 0; sleep 0.005; done; exit 1")?;
+    Ok(())
+}
+
+/// In passes, and not in CRIU's archive: also what a task writes through a mapping.
+fn memory_filesystems(lab: &Lab) -> Result<()> {
+    let stage = Stage::of(lab)?;
+    let command = ["lab-tool", "selfcheck", "run", "--dir", "/work", "--listen", "0.0.0.0:7004", "--without", WITHOUT];
+    let mut spec = ContainerSpec::new("memory-files", ADDRESS, &command);
+    let tmpfs = |place: &str| json!({"destination": place, "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "size=200m", "mode=1777"]});
+    spec.mounts = vec![tmpfs("/tmp"), tmpfs("/stuff")];
+    spec.start(stage.a)?;
+    let check =
+        format!("lab-tool wait-port {ADDRESS}:7004 --seconds 20 && lab-tool selfcheck query --addr {ADDRESS}:7004");
+    stage.c.sh(&check)?;
+    let fill = "head -c 40000000 /dev/urandom > /stuff/random; head -c 9000000 /dev/urandom > /dev/shm/random";
+    exec(stage.a, "memory-files", &format!("{MAKE}\n{fill}"))?;
+    let list = format!("{LIST}\nsha256sum /dev/shm/random; grep -E ' /(stuff|dev/shm) ' /proc/self/mounts");
+    let list = |host: &Host| exec(host, "memory-files", &list);
+    let before = list(stage.a)?;
+    ensure!(before.contains("linked") && before.contains("random"), "not made: {before}");
+    for (from, to) in [(stage.a, stage.b), (stage.b, stage.a)] {
+        move_to("memory-files", from, to)?;
+        let after = list(to)?;
+        ensure!(before == after, "before:\n{before}\nafter:\n{after}");
+        stage.c.sh(&check)?;
+        let left = from.sh("grep -c longhaul /proc/mounts || true")?;
+        let staged = to.sh("grep -c 'longhaul.*tmpfs-' /proc/mounts || true")?;
+        ensure!(staged.trim() == "0", "still mounted for the way: {staged} {left}");
+    }
     Ok(())
 }

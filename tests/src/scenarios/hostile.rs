@@ -62,6 +62,7 @@ fn description(id: &str) -> Description {
         config: "{}".into(),
         rootfs: Rootfs::Plain { path: format!("/srv/containers/{id}/rootfs") },
         volumes: Vec::new(),
+        tmpfs: Vec::new(),
         network: Network::Host,
         stdio: Vec::new(),
         memory_bytes: 1,
@@ -188,7 +189,7 @@ fn out_of_turn(lab: &Lab) -> Result<()> {
         must_fail(&control.say(Request::Commit(peer::Commit { epoch: 1 })).await?, "offer")?;
         for (n, message) in [
             Request::Commit(peer::Commit { epoch: 1 }),
-            Request::Restore(peer::Restore { image_files: 0, image_bytes: 0, pages: false }),
+            Request::Restore(peer::Restore::default()),
             Request::Prepare(peer::Prepare {}),
         ]
         .into_iter()

@@ -1,11 +1,13 @@
 //! What is tried with the real thing. A name is a sentence that must hold.
 
 mod clients;
+mod converge;
 mod doubt;
 mod failures;
 mod files;
 mod hostile;
 mod memory;
+mod postcopy;
 mod refusals;
 mod trust;
 
@@ -15,7 +17,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::client::Client;
-use crate::container::ContainerSpec;
+use crate::container::{ContainerSpec, REDIS};
 use crate::harness::Scenario;
 use crate::lab::{Host, Lab};
 
@@ -24,6 +26,8 @@ pub fn all() -> Vec<Scenario> {
     let mut all = Vec::new();
     all.extend(clients::scenarios());
     all.extend(memory::scenarios());
+    all.extend(postcopy::scenarios());
+    all.extend(converge::scenarios());
     all.extend(files::scenarios());
     all.extend(doubt::scenarios());
     all.extend(failures::scenarios());
@@ -48,16 +52,11 @@ impl<'a> Stage<'a> {
 }
 
 /// Where redis is in scenarios that have one.
-const REDIS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 20);
+const REDIS_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 20);
 
 /// A redis that answers.
 fn redis(host: &Host, client: &Host) -> Result<ContainerSpec> {
-    let spec = ContainerSpec::new(
-        "web",
-        REDIS,
-        // With DEBUG, which fills it.
-        &["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--enable-debug-command", "yes"],
-    );
+    let spec = ContainerSpec::new("web", REDIS_ADDRESS, &REDIS);
     spec.start(host)?;
     wait_port(client, "10.77.0.20:6379")?;
     Ok(spec)
@@ -117,7 +116,7 @@ pub(crate) fn settle(host: &Host) -> Result<()> {
     host.sh("for i in $(seq 600); do pgrep -x longhaul-fill >/dev/null || exit 0; sleep 0.1; done; exit 1").map(drop)
 }
 
-fn runs(host: &Host, container: &str) -> Result<bool> {
+pub(crate) fn runs(host: &Host, container: &str) -> Result<bool> {
     let output = host.output(["runc", "state", container])?;
     Ok(String::from_utf8_lossy(&output.stdout).contains("\"status\": \"running\""))
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use crate::client::Client;
-use crate::container::ContainerSpec;
+use crate::container::{ContainerSpec, REDIS};
 use crate::lab::Host;
 
 /// A memory check: the more processes and threads, the more kinds of memory.
@@ -90,10 +90,8 @@ fn memcheck(shape: &Shape, last: u8, seed: u64, host: &Host, client: &Host) -> R
 }
 
 fn redis(host: &Host, client: &Host) -> Result<Member> {
-    let words =
-        ["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--enable-debug-command", "yes"];
     let address = Ipv4Addr::new(10, 77, 0, FIRST_ADDRESS);
-    let mut member = Member::start(&ContainerSpec::new("web", address, &words), 6379, host, client)?;
+    let mut member = Member::start(&ContainerSpec::new("web", address, &REDIS), 6379, host, client)?;
     client.sh(&format!("redis-cli -h {address} debug populate {REDIS_KEYS} key 500"))?;
     // A pause between commands: the hosts share a few cores, and this is not about throughput.
     let mut counter = Client::start(client, &["redis-incr", "--addr", &member.server, "--interval-us", "500"])?;

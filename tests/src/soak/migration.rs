@@ -19,7 +19,7 @@ const KILLING: &str = "/tmp/soak-killing";
 
 /// Where a container ended up.
 #[derive(Debug)]
-pub(super) enum Ending {
+pub(crate) enum Ending {
     /// It runs there.
     Moved { downtime_ms: f64 },
     /// It was cancelled and runs here.
@@ -30,15 +30,15 @@ pub(super) enum Ending {
 
 /// A request to cancel, at some time after a phase began.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Cancel {
+pub(crate) struct Cancel {
     /// The phase.
-    pub(super) phase: &'static str,
+    pub(crate) phase: &'static str,
     /// The time.
-    pub(super) after: Duration,
+    pub(crate) after: Duration,
 }
 
 /// Moves a container. An error is one of the lab, not of the move.
-pub(super) fn migrate(name: &str, from: &Host, to: &Host, way: Way, cancel: Option<Cancel>) -> Result<Ending> {
+pub(crate) fn migrate(name: &str, from: &Host, to: &Host, way: Way, cancel: Option<Cancel>) -> Result<Ending> {
     let limit = HANGS_AFTER_S.to_string();
     let words = ["timeout", &limit, "migrate", name, "--to", &to.name, "--format", "json", "--progress", "json"];
     // The workloads write as fast as they do: the move must end all the same.
@@ -80,14 +80,14 @@ fn cancel_in(host: &Host, name: &str) -> Result<()> {
 }
 
 /// Kills workers that fill in memory on a host, until it has killed enough or is told to end.
-pub(super) struct Killer<'a> {
+pub(crate) struct Killer<'a> {
     host: &'a Host,
     child: Child,
 }
 
 impl<'a> Killer<'a> {
     /// Waits for workers; each one lives for `after`.
-    pub(super) fn start(host: &'a Host, workers: u32, after: Duration) -> Result<Self> {
+    pub(crate) fn start(host: &'a Host, workers: u32, after: Duration) -> Result<Self> {
         let after = after.as_secs_f64();
         let script = format!(
             "n=0; while [ -e {KILLING} ] && [ $n -lt {workers} ]; do \
@@ -103,7 +103,7 @@ impl<'a> Killer<'a> {
     }
 
     /// How many it has killed.
-    pub(super) fn finish(self) -> Result<u64> {
+    pub(crate) fn finish(self) -> Result<u64> {
         self.host.sh(&format!("rm -f {KILLING}"))?;
         let output = self.child.wait_with_output().context("wait for the killer")?;
         String::from_utf8_lossy(&output.stdout).trim().parse().context("how many workers were killed")

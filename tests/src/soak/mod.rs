@@ -2,8 +2,9 @@
 //! as is wanted. What is done is decided by a seed.
 
 mod fleet;
-mod migration;
-mod plan;
+pub(crate) mod migration;
+mod pingpong;
+pub(crate) mod plan;
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -14,6 +15,9 @@ use self::fleet::Member;
 use self::migration::{Cancel, Ending, Killer, migrate};
 use self::plan::{Action, Plan, Step, Way};
 use crate::agents;
+use crate::faults;
+use crate::faults::mishap::Route;
+use crate::faults::plan::Injection;
 use crate::harness;
 use crate::lab::{Host, Lab};
 use crate::scenarios::settle;
@@ -40,6 +44,9 @@ pub struct Options {
     /// End with one JSON object on standard output
     #[arg(long)]
     pub json: bool,
+    /// Instead of all that: one container, so many times to and fro, and nothing may be left of it
+    #[arg(long, value_name = "MOVES")]
+    pub ping_pong: Option<u64>,
 }
 
 /// What `--json` ends with.
@@ -53,6 +60,8 @@ struct Tally {
     /// Moves that failed although nothing was done to them.
     stayed: u64,
     workers_killed: u64,
+    /// Mishaps at points of a move, as `cargo lab test faults` has them.
+    mishaps: u64,
     /// Containers that were not as they should be.
     mismatches: u64,
     /// Increments that redis forgot.
@@ -70,6 +79,9 @@ impl Tally {
 
 /// Runs until the end that the options say, or until something is wrong; whether all was right.
 pub fn run(options: &Options) -> Result<bool> {
+    if let Some(moves) = options.ping_pong {
+        return pingpong::run(moves, options.json);
+    }
     let seed = options.seed.unwrap_or_else(any_seed);
     eprintln!("seed {seed}: `cargo lab soak --seed {seed}` does the same again");
     let lab = Lab::up(&format!("soak-{}", std::process::id()), 3)?;
@@ -100,10 +112,10 @@ fn any_seed() -> u64 {
 }
 
 fn show(tally: &Tally) {
-    let Tally { seed, moves, cancelled, stayed, workers_killed, mismatches, lost, repeated, seconds } = tally;
+    let Tally { seed, moves, cancelled, stayed, workers_killed, mishaps, mismatches, lost, repeated, seconds } = tally;
     println!(
         "seed {seed}: {moves} moves, {cancelled} cancelled, {stayed} failed, {workers_killed} workers killed, \
-         {mismatches} mismatches, {lost} increments lost, {repeated} repeated, in {seconds} s"
+         {mishaps} mishaps, {mismatches} mismatches, {lost} increments lost, {repeated} repeated, in {seconds} s"
     );
 }
 
@@ -145,6 +157,10 @@ impl Soak<'_> {
 
     /// Does one step, and asks the container.
     fn act(&mut self, number: usize, step: &Step) -> Result<()> {
+        if let Action::Mishap(injection) = step.action {
+            self.suffer(number, step, injection)?;
+            return self.verify(step.container);
+        }
         let to = self.hosts[1 - self.fleet[step.container].at];
         let killer = match step.action {
             Action::KillWorkers { workers, after } => Some(Killer::start(to, workers, after)?),
@@ -167,6 +183,28 @@ impl Soak<'_> {
             self.tally.workers_killed += killer.finish()?;
             self.verify(step.container)?;
         }
+        Ok(())
+    }
+
+    /// A move with a mishap, however it ends.
+    fn suffer(&mut self, number: usize, step: &Step, injection: Injection) -> Result<()> {
+        let member = &mut self.fleet[step.container];
+        let route = Route { from: member.at, to: 1 - member.at };
+        let options: Vec<&str> = ["--timeout-action", "freeze"].iter().chain(step.way.options()).copied().collect();
+        let moving = faults::reach(self.lab, &member.name, &options, route, injection)?;
+        injection.mishap.strike(self.lab, route)?;
+        let ended = match faults::survive(self.lab, &member.name, route, injection, moving) {
+            Ok(ended) => ended,
+            Err(wrong) => return Err(wrong.into_error()),
+        };
+        let name = member.name.clone();
+        if ended.moved {
+            member.at = route.to;
+            self.tally.moves += 1;
+        }
+        self.tally.mishaps += 1;
+        let what = if ended.moved { "moved" } else { "stayed" };
+        self.say(&format!("{number}: {name}, {:?} at {}: {what}", injection.mishap, injection.point));
         Ok(())
     }
 

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
+use crate::faults::mishap::Mishap;
+use crate::faults::plan::{Injection, anywhere};
+
 /// How a move is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
+pub(crate) enum Way {
     /// As it is without options.
     Default,
     /// All memory in place before the container runs.
@@ -13,18 +16,28 @@ pub(super) enum Way {
     Bandwidth,
     /// Hardly any rounds, so that much is left for the freeze.
     FewRounds,
+    /// All of its own memory after it runs there.
+    PostCopy,
+    /// What could not be copied after it runs there.
+    Hybrid,
 }
 
 impl Way {
-    const ALL: [Self; 4] = [Self::Default, Self::Eager, Self::Bandwidth, Self::FewRounds];
+    const ALL: [Self; 6] = [Self::Default, Self::Eager, Self::Bandwidth, Self::FewRounds, Self::PostCopy, Self::Hybrid];
+
+    fn is_postcopy(self) -> bool {
+        matches!(self, Self::PostCopy | Self::Hybrid)
+    }
 
     /// The options of `migrate`.
-    pub(super) fn options(self) -> &'static [&'static str] {
+    pub(crate) fn options(self) -> &'static [&'static str] {
         match self {
             Self::Default => &[],
             Self::Eager => &["--eager"],
             Self::Bandwidth => &["--bandwidth", "200M"],
             Self::FewRounds => &["--max-rounds", "3"],
+            Self::PostCopy => &["--postcopy", "now"],
+            Self::Hybrid => &["--postcopy", "auto", "--bandwidth", "50M"],
         }
     }
 }
@@ -38,6 +51,8 @@ pub(super) enum Action {
     Cancel { phase: &'static str, after: Duration },
     /// So many workers that fill in memory are killed, each some time after it was started.
     KillWorkers { workers: u32, after: Duration },
+    /// A mishap at some point of it.
+    Mishap(Injection),
     /// The next move begins at once, most likely while memory is still being filled in.
     Again { way: Way },
 }
@@ -97,15 +112,20 @@ impl Plan {
         self.one_of(&Way::ALL, Way::Default)
     }
 
-    /// Half of all moves are left alone.
+    /// Less than half of all moves are left alone.
     fn action(&mut self) -> Action {
-        match self.below(12) {
+        match self.below(15) {
             0 | 1 => Action::Cancel { phase: self.one_of(&PHASES, "pre-copy"), after: self.millis(LONGEST_PHASE_MS) },
             2 | 3 => Action::KillWorkers {
                 workers: u32::try_from(self.below(3)).unwrap_or(0) + 1,
                 after: self.millis(LONGEST_LIFE_MS),
             },
             4 | 5 => Action::Again { way: self.way() },
+            6..9 => {
+                let all = anywhere();
+                let first = all[0];
+                Action::Mishap(self.one_of(&all, first))
+            }
             _ => Action::Move,
         }
     }
@@ -116,7 +136,14 @@ impl Iterator for Plan {
 
     fn next(&mut self) -> Option<Step> {
         let container = usize::try_from(self.below(self.containers as u64)).unwrap_or(0);
-        Some(Step { container, way: self.way(), action: self.action(), settle: self.below(3) == 0 })
+        let (way, action) = (self.way(), self.action());
+        // While it fetches its memory a container is lost with either host: that is what was asked for.
+        let loses = |injection: Injection| matches!(injection.mishap, Mishap::PowerCycle | Mishap::CutForGood);
+        let way = match action {
+            Action::Mishap(injection) if loses(injection) && way.is_postcopy() => Way::Default,
+            _ => way,
+        };
+        Some(Step { container, way, action, settle: self.below(3) == 0 })
     }
 }
 
@@ -145,5 +172,6 @@ mod tests {
         assert!(happens(|action| matches!(action, Action::Cancel { .. })));
         assert!(happens(|action| matches!(action, Action::KillWorkers { .. })));
         assert!(happens(|action| matches!(action, Action::Again { .. })));
+        assert!(happens(|action| matches!(action, Action::Mishap(_))));
     }
 }

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::Context;
 use clap::Args;
+use longhaul_common::tasks::inner_pid;
 use serde_json::json;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -45,19 +46,14 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
             "unreadable_pages": unreadable,
         }));
     }
-    println!("{}", json!({"pid": inner_pid(pid)?, "areas": hashed}));
+    // In its own namespace.
+    let inner = inner_pid(pid, pid).with_context(|| format!("ask what {pid} is called in its namespace"))?;
+    println!("{}", json!({"pid": inner, "areas": hashed}));
     Ok(true)
 }
 
 fn read(pid: i32, file: &str) -> anyhow::Result<String> {
     fs::read_to_string(format!("/proc/{pid}/{file}")).with_context(|| format!("read /proc/{pid}/{file}"))
-}
-
-/// The number the process knows itself by: the last of its namespaces'.
-fn inner_pid(pid: i32) -> anyhow::Result<i32> {
-    let status = read(pid, "status")?;
-    let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:")).context("no NSpid")?;
-    Ok(numbers.split_whitespace().next_back().context("no number in NSpid")?.parse()?)
 }
 
 /// Bytes that the kernel changes while no thread runs an instruction of its own: CPU numbers. A task that was moved,

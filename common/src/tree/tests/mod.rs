@@ -7,6 +7,7 @@ mod kinds;
 mod overlay;
 mod passes;
 mod random;
+mod watched;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;

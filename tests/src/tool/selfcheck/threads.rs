@@ -13,7 +13,7 @@ use super::pattern;
 use super::signals::{self, numbers};
 use super::suite::same;
 use crate::tool::sys::cpu::{self, Registers, Vector};
-use crate::tool::sys::signal;
+use crate::tool::sys::{process, signal};
 
 /// How many threads there are besides the main one and the one with the registers.
 const THREADS: u64 = 4;
@@ -46,7 +46,9 @@ pub(super) fn team() -> anyhow::Result<impl FnMut() -> anyhow::Result<()>> {
     Ok(move || {
         for (index, member) in members.iter().enumerate() {
             member.ask.send(()).with_context(|| format!("thread {index} has ended"))?;
-            let answer = member.answer.recv_timeout(ANSWER_TIMEOUT);
+            // A freeze may last as long: then the thread has not had its time yet.
+            let wait = || member.answer.recv_timeout(ANSWER_TIMEOUT);
+            let answer = wait().or_else(|_| wait());
             answer
                 .with_context(|| format!("thread {index} does not answer"))?
                 .with_context(|| format!("thread {index}"))?;
@@ -77,11 +79,8 @@ fn set_up(index: u64) -> anyhow::Result<impl FnMut() -> anyhow::Result<()>> {
     let mut pending = signals::for_thread()?;
     let mut rounds = 0;
     let thread_id = nix::unistd::gettid();
-    let facts = || -> anyhow::Result<Vec<String>> {
-        let status = std::fs::read_to_string("/proc/thread-self/status")?;
-        let kept = |line: &&str| ["Name", "SigBlk"].iter().any(|key| line.starts_with(key));
-        Ok(status.lines().filter(kept).map(str::to_owned).collect())
-    };
+    // Asked for by system call: CRIU restores no descriptor of a file below /proc/<pid>/task, and the freeze may come while it is open.
+    let facts = || -> anyhow::Result<_> { Ok((process::name()?, signal::blocked()?)) };
     let mut first = None;
     Ok(move || {
         same("the thread-local counter", &LOCAL.get(), &((index << 32) + rounds))?;
@@ -89,7 +88,7 @@ fn set_up(index: u64) -> anyhow::Result<impl FnMut() -> anyhow::Result<()>> {
         same("the alternate stack", &signal::alternate_stack()?, &(alternate, STACK))?;
         pending()?;
         let now = facts()?;
-        same("name and signal masks", &now, first.get_or_insert_with(|| now.clone()))?;
+        same("name and blocked signals", &now, first.get_or_insert(now))?;
         rounds += 1;
         LOCAL.set(LOCAL.get() + 1);
         Ok(())

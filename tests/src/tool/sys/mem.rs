@@ -114,12 +114,20 @@ impl Region {
         check(unsafe { libc::madvise(self.base.as_ptr().cast(), self.length, advice) }).map(drop)
     }
 
-    /// Drops the content of one page: it reads as zeroes afterwards.
+    /// Drops the content of one page: it reads as zeroes afterwards, if the memory is not shared.
     pub(crate) fn discard_page(&mut self, page: usize) -> io::Result<()> {
+        self.advise_page(page, libc::MADV_DONTNEED)
+    }
+
+    /// Makes a page of shared memory a hole: it reads as zeroes afterwards, for everybody.
+    pub(crate) fn remove_page(&mut self, page: usize) -> io::Result<()> {
+        self.advise_page(page, libc::MADV_REMOVE)
+    }
+
+    fn advise_page(&mut self, page: usize, advice: i32) -> io::Result<()> {
         assert!((page + 1) * PAGE <= self.length, "the page is within the mapping");
-        // SAFETY: the page is part of our own mapping, checked above.
-        let result = unsafe { libc::madvise(self.base.add(page * PAGE).as_ptr().cast(), PAGE, libc::MADV_DONTNEED) };
-        check(result).map(drop)
+        // SAFETY: the page is part of our own mapping, checked above; any content is a valid u64.
+        check(unsafe { libc::madvise(self.base.add(page * PAGE).as_ptr().cast(), PAGE, advice) }).map(drop)
     }
 
     /// `mlock` on the whole mapping.

@@ -2,6 +2,7 @@
 //! function each.
 
 pub(crate) mod cpu;
+pub(crate) mod directory;
 pub(crate) mod event;
 pub(crate) mod ipc;
 pub(crate) mod lock;

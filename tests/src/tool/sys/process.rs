@@ -58,6 +58,15 @@ fn prctl_read(option: i32) -> io::Result<i32> {
     Ok(value)
 }
 
+/// The name of the calling thread.
+pub(crate) fn name() -> io::Result<[u8; 16]> {
+    let mut name = [0; 16];
+    let place: *mut u8 = name.as_mut_ptr();
+    // SAFETY: it writes 16 bytes.
+    check(unsafe { libc::prctl(libc::PR_GET_NAME, place) })?;
+    Ok(name)
+}
+
 /// Names the calling thread.
 pub(crate) fn set_name(name: &std::ffi::CStr) -> io::Result<()> {
     // SAFETY: `name` is a C string for the time of the call.

@@ -80,6 +80,17 @@ pub(crate) fn block(signals: &[i32]) -> io::Result<()> {
     }
 }
 
+/// The signals that the calling thread has blocked, a bit each, as the kernel keeps them.
+pub(crate) fn blocked() -> io::Result<u64> {
+    let mut mask = 0_u64;
+    let place: *mut u64 = &raw mut mask;
+    // SAFETY: it writes as many bytes as it is told the set has.
+    check(unsafe {
+        libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_BLOCK, std::ptr::null::<u64>(), place, size_of::<u64>())
+    })?;
+    Ok(mask)
+}
+
 /// The first real-time signal that the C library leaves to programs.
 pub(crate) fn realtime(offset: i32) -> i32 {
     libc::SIGRTMIN() + offset

@@ -1,0 +1,129 @@
+//! What a frozen container's tasks have, and have written since the last round.
+
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use longhaul_common::sys::memory::{Scan, scan_content_and_written, scan_shared};
+use nix::libc;
+
+use super::super::flags::{self, Mark, marks};
+use super::super::maps::{Area, Areas, Private, Shared, status_bytes};
+use super::super::shared::SharedMemory;
+use super::{Access, Frozen, Space, TrackError, backing, look, lose};
+
+/// A frozen task, while it is looked at.
+pub(super) struct Look {
+    pub(super) pid: i32,
+    pagemap: File,
+    /// What it maps alone.
+    private: Vec<Private>,
+    /// What it shares and may have written, with where that has content.
+    pub(super) shared: Vec<(Shared, Vec<Area>)>,
+}
+
+/// What was found in a task.
+pub(super) struct Found {
+    pub(super) frozen: Frozen,
+    /// What it wrote of each area that it shares; nothing, where that can't be found out.
+    pub(super) shared: Vec<Option<Vec<Area>>>,
+}
+
+/// Sees what a task has now.
+pub(super) fn begin_look(space: &mut Space, pid: i32, memory: &mut SharedMemory) -> io::Result<Look> {
+    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+    // What is locked changes without a trace in the areas themselves.
+    if flags::are_cheap() || status_bytes(pid, "VmLck") > 0 || space.marks.iter().any(|(_, mark)| *mark == Mark::AtOnce)
+    {
+        space.marks = marks(pid)?;
+    }
+    let areas = Areas::of(pid, memory.device())?;
+    let mut shared = Vec::new();
+    for area in areas.shared {
+        let Some(content) = memory.meet(pid, &area, true) else { continue };
+        match space.shared.remove(&area) {
+            Some(Access::Write) => shared.push((area, content)),
+            Some(Access::Read) => {}
+            // New since the last round, or gone and come again: nothing is known of it.
+            None => memory.doubt(area.inode),
+        }
+    }
+    lose(memory, space);
+    Ok(Look { pid, pagemap, private: areas.private, shared })
+}
+
+/// Looks at several tasks at a time: each of many may map all of the memory that they share, and nothing else has to be done yet.
+pub(super) fn look_at_all(looks: &[(Look, &Space)]) -> Result<Vec<Found>, TrackError> {
+    let workers = std::thread::available_parallelism().map_or(1, |count| count.get()).min(looks.len());
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut found = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some((look, space)) = looks.get(index) else { return Ok::<_, TrackError>(found) };
+            let one = look.at(space).map_err(|source| TrackError::Look { pid: look.pid, source })?;
+            found.push((index, one));
+        }
+    };
+    let mut found = std::thread::scope(|scope| {
+        let others: Vec<_> = (1..workers).map(|_| scope.spawn(work)).collect();
+        let mut found = work()?;
+        for other in others {
+            found.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok::<_, TrackError>(found)
+    })?;
+    found.sort_unstable_by_key(|(index, _)| *index);
+    Ok(found.into_iter().map(|(_, found)| found).collect())
+}
+
+impl Look {
+    fn at(&self, space: &Space) -> io::Result<Found> {
+        let mut frozen = Frozen { pid: self.pid, space: space.number, ..Frozen::default() };
+        let shared = self.shared.iter().map(|(_, content)| self.written_in(content)).collect::<io::Result<_>>()?;
+        for private in &self.private {
+            let at_once = private.is_file || space.mark(&private.area).is_some();
+            let content = if at_once { &mut frozen.at_once } else { &mut frozen.later };
+            let before = (frozen.written.len(), content.len());
+            let Area { start, end } = private.area;
+            let found =
+                scan_content_and_written(&self.pagemap, (start, end), backing(private), |start, end, is_written| {
+                    if is_written {
+                        frozen.written.push(start..end);
+                    }
+                    match content.last_mut() {
+                        Some(last) if last.end == start && last.start >= private.area.start => last.end = end,
+                        _ => content.push(start..end),
+                    }
+                });
+            match found {
+                Ok(()) => {}
+                // New since the last round: CRIU's.
+                Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                    frozen.written.truncate(before.0);
+                    content.truncate(before.1);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            }
+            if private.is_file {
+                look(&self.pagemap, private, Scan::Swapped, &mut frozen.written)?;
+            }
+            frozen.followed.push(private.area.clone());
+        }
+        Ok(Found { frozen, shared })
+    }
+
+    /// What was written through a mapping of what has this content; nothing, if that can't be found out.
+    fn written_in(&self, content: &[Area]) -> io::Result<Option<Vec<Area>>> {
+        let mut written = Vec::new();
+        for part in content {
+            match scan_shared(&self.pagemap, (part.start, part.end), false, |start, end, _| written.push(start..end)) {
+                Ok(()) => {}
+                Err(error) if error.raw_os_error() == Some(libc::EPERM) => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Some(written))
+    }
+}

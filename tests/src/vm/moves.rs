@@ -1,0 +1,153 @@
+//! What is moved between the machines: a redis, whose content must be the same, and the workload whose every page checks itself.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::machine::Machine;
+use super::{NEW, OLD};
+
+/// One pair of machines.
+pub(super) struct Plan {
+    pub(super) name: &'static str,
+    pub(super) kernels: [&'static str; 2],
+    /// What tells which pages were written, by the kernel of the source: as it is chosen, or as it is asked for.
+    trackers: [(&'static str, &'static str); 2],
+}
+
+pub(super) const PLANS: &[Plan] = &[
+    Plan {
+        name: "between 6.1 with soft-dirty bits and 6.12 with write protection",
+        kernels: [OLD, NEW],
+        trackers: [("soft-dirty", "soft-dirty"), ("auto", "userfaultfd-wp")],
+    },
+    Plan {
+        name: "between two 6.12, with soft-dirty bits",
+        kernels: [NEW, NEW],
+        trackers: [("soft-dirty", "soft-dirty"), ("soft-dirty", "soft-dirty")],
+    },
+];
+
+/// Memory that checks itself, with one process that changes its address space: on an emulated machine more leaves no time for the move.
+const MEMCHECK: &str = "lab-tool memcheck run --mib 16 --rate 200 --threads 2 --listen 0.0.0.0:7003";
+
+/// Moves both to and fro; what was seen, for the line that is printed.
+pub(super) fn run(plan: &Plan, first: &Machine, second: &Machine, moves: usize) -> Result<String> {
+    install(plan, [first, second])?;
+    first.sh(&container(
+        "web",
+        20,
+        "redis-server --bind 0.0.0.0 --protected-mode no --save '' --enable-debug-command yes",
+    ))?;
+    first.sh("lab-tool wait-port 10.77.0.20:6379 --seconds 120")?;
+    first.sh("redis-cli -h 10.77.0.20 debug populate 20000 key 1000")?;
+    first.sh(&container("memory", 26, MEMCHECK))?;
+    first.sh("lab-tool wait-port 10.77.0.26:7003 --seconds 120")?;
+    let digest = || first.sh("redis-cli -h 10.77.0.20 debug digest");
+    let before = digest()?;
+    let mut downtimes = Vec::new();
+    for turn in 0..moves {
+        let (from, to, tracker) =
+            if turn % 2 == 0 { (first, second, plan.trackers[0].1) } else { (second, first, plan.trackers[1].1) };
+        for name in ["web", "memory"] {
+            let report = migrate(name, from, to)?;
+            let memory = &report["memory"];
+            ensure!(memory["tracker"] == tracker, "tracked by something else than {tracker}: {memory}");
+            ensure!(memory["path"] == "lazy", "{memory}");
+            downtimes.push(report["downtime_ms"].as_f64().unwrap_or(f64::NAN));
+        }
+        let after = digest()?;
+        ensure!(after == before, "move {turn}: redis holds something else: {before} and {after}");
+        first.sh("lab-tool memcheck query --addr 10.77.0.26:7003").with_context(|| {
+            let seen = "runc list; tail -n 5 /var/log/containers/memory.log; ip -br link; dmesg | tail -n 20";
+            format!("move {turn}; on {}:\n{}", to.name, to.sh(seen).unwrap_or_default())
+        })?;
+    }
+    downtimes.sort_by(f64::total_cmp);
+    let median = downtimes.get(downtimes.len() / 2).copied().unwrap_or(f64::NAN);
+    Ok(format!("{} moves, downtime {median:.0} ms (emulated)", downtimes.len()))
+}
+
+fn migrate(name: &str, from: &Machine, to: &Machine) -> Result<Value> {
+    // Memory that is written faster than an emulated machine copies it must not keep it here.
+    let script = format!(
+        "migrate {name} --to {} -q --format json --max-rounds 4 --timeout-action freeze 2>/tmp/migrate.err",
+        to.name
+    );
+    let (output, code) = from.output(0, &script)?;
+    let report: Value = serde_json::from_str(&output).with_context(|| {
+        format!("{name}: exit code {code}: {output} {}", from.sh("cat /tmp/migrate.err").unwrap_or_default())
+    })?;
+    ensure!(
+        report["outcome"] == "moved",
+        "{name} from {}: {report}\n{}\n{}",
+        from.name,
+        from.sh(
+            "tail -n 3 /var/log/longhaul-source.log; tail -n 8 /var/lib/longhaul/failed/*/*.log 2>/dev/null || true"
+        )
+        .unwrap_or_default(),
+        to.sh("tail -n 3 /var/log/longhaul-dest.log; tail -n 8 /var/lib/longhaul/failed/*/*.log 2>/dev/null || true")
+            .unwrap_or_default(),
+    );
+    Ok(report)
+}
+
+/// Certificates, configuration and agents, as an operator would.
+fn install(plan: &Plan, machines: [&Machine; 2]) -> Result<()> {
+    let [first, second] = machines;
+    first.sh(
+        "migrate pki init >/dev/null; for h in 1 2; do migrate pki issue host$h --name 10.77.0.$h >/dev/null; done; \
+         mkdir -p /etc/longhaul/tls; cp /etc/longhaul/pki/hosts/host1/* /etc/longhaul/tls/",
+    )?;
+    let files = first.sh("tar -C /etc/longhaul/pki/hosts/host2 -cf - . | base64 -w0")?;
+    second.sh(&format!(
+        "mkdir -p /etc/longhaul/tls; echo {} | base64 -d | tar -C /etc/longhaul/tls -xf -",
+        files.trim()
+    ))?;
+    for (index, machine) in machines.iter().enumerate() {
+        let other = machines[1 - index];
+        let tracker = plan.trackers[index].0;
+        machine.sh(&format!(
+            "printf 'tracker = \"{tracker}\"\\nfrozen_silence_ms = 5000\\n[hosts.{other}]\\naddress = \"{other}\"\\n' >/etc/longhaul/source.toml; \
+             printf 'listen = \"{address}:7474\"\\nallow = [\"host1\", \"host2\"]\\n' >/etc/longhaul/dest.toml; \
+             for p in longhaul-dest longhaul-source; do $p </dev/null >>/var/log/$p.log 2>&1 & done",
+            other = other.name,
+            address = machine.address,
+        ))?;
+    }
+    for machine in machines {
+        machine.sh(&format!(
+            "for i in $(seq 300); do migrate status >/dev/null 2>&1 && lab-tool wait-port {}:7474 --seconds 1 >/dev/null 2>&1 && exit 0; sleep 0.2; done; \
+             cat /var/log/longhaul-*.log; exit 1",
+            machine.address
+        ))?;
+    }
+    Ok(())
+}
+
+/// Starts a container on an overlay of the small image, as the lab's hosts do.
+fn container(name: &str, last: u8, command: &str) -> String {
+    let args = command.replace("''", "");
+    let args: Vec<String> = args.split_whitespace().map(|word| format!("\"{word}\"")).collect();
+    let save = if command.contains("''") {
+        args.join(", ").replace("\"--save\"", "\"--save\", \"\"")
+    } else {
+        args.join(", ")
+    };
+    format!(
+        "b=/srv/containers/{name}; mkdir -p $b/rootfs $b/upper/usr/local/bin $b/work /var/log/containers; \
+         cp /usr/local/bin/lab-tool $b/upper/usr/local/bin/; \
+         mount -t overlay overlay -o lowerdir=/srv/image,upperdir=$b/upper,workdir=$b/work $b/rootfs; cd $b; runc spec; \
+         python3 -S -c 'import json, sys; c = json.load(open(\"config.json\")); \
+            caps = [\"CAP_\" + x for x in \"CHOWN DAC_OVERRIDE FOWNER FSETID KILL MKNOD NET_BIND_SERVICE NET_RAW SETFCAP SETGID SETPCAP SETUID SYS_CHROOT AUDIT_WRITE\".split()]; \
+            p = c[\"process\"]; [p[\"capabilities\"].__setitem__(s, caps) for s in (\"bounding\", \"effective\", \"permitted\")]; \
+            p[\"terminal\"] = False; p[\"args\"] = [{save}]; p[\"rlimits\"] = [dict(type=\"RLIMIT_NOFILE\", hard=4096, soft=4096)]; \
+            c[\"root\"] = dict(path=\"rootfs\", readonly=False); c[\"hostname\"] = \"{name}\"; json.dump(c, open(\"config.json\", \"w\"))'; \
+         runc create --bundle $b {name} </dev/null >>/var/log/containers/{name}.log 2>&1 || {{ cat /var/log/containers/{name}.log; exit 1; }}; \
+         pid=$(runc state {name} | sed -n 's/.*\"pid\": \\([0-9]*\\).*/\\1/p'); \
+         ip link add v{last} address fe:77:00:00:00:{last:02x} type veth peer name eth0 address 02:77:00:00:00:{last:02x} netns $pid; \
+         ip link set v{last} master br0 up; \
+         nsenter -t $pid -n sh -ec 'ip link set lo up; ip link set eth0 up; ip address add 10.77.0.{last}/24 dev eth0; \
+            ip route add default via 10.77.0.1'; \
+         runc start {name}"
+    )
+}
