@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use longhaul_common::description::{Stdio, StdioTarget};
 use longhaul_common::obstacle::Obstacle;
 
-use super::stdio::FdInfo;
+use super::stdio::OpenFile;
 use super::{InspectError, mount_lines, name_of, read_proc};
 use crate::memory::maps::{Areas, Device};
 
@@ -47,8 +47,13 @@ pub(super) fn examine(
         for entry in entries.flatten() {
             let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
             let Ok(link) = std::fs::read_link(entry.path()) else { continue };
-            let link = link.to_string_lossy();
-            if let Some(obstacle) = descriptor(pid, fd, &link, &inside, &known) {
+            // Nothing more has to be asked of a socket or a pipe; there may be many.
+            let obstacle = if link.is_absolute() {
+                OpenFile::look(pid, fd).and_then(|open| descriptor(pid, fd, &open, &inside, &known))
+            } else {
+                unsupported(pid, &link.to_string_lossy())
+            };
+            if let Some(obstacle) = obstacle {
                 push_once(obstacles, obstacle);
             }
         }
@@ -80,17 +85,23 @@ fn parent_of(pid: i32) -> Option<i32> {
     text.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
 }
 
-fn descriptor(pid: i32, fd: i32, link: &str, inside: &HashSet<String>, known: &HashSet<&str>) -> Option<Obstacle> {
-    if let Some((_, what, fix)) = UNSUPPORTED.iter().find(|(prefix, _, _)| link.starts_with(prefix)) {
-        return Some(Obstacle::new(name_of(pid), format!("it uses {what}, which CRIU can't save"), *fix));
-    }
+fn unsupported(pid: i32, link: &str) -> Option<Obstacle> {
+    let (_, what, fix) = UNSUPPORTED.iter().find(|(prefix, _, _)| link.starts_with(prefix))?;
+    Some(Obstacle::new(name_of(pid), format!("it uses {what}, which CRIU can't save"), *fix))
+}
+
+fn descriptor(
+    pid: i32,
+    fd: i32,
+    OpenFile { link, info, metadata }: &OpenFile,
+    inside: &HashSet<String>,
+    known: &HashSet<&str>,
+) -> Option<Obstacle> {
     // Memory with a file's name: CRIU saves it as memory.
     const MEMORY: [&str; 4] = ["/memfd:", "/SYSV", "/dev/zero", "/[aio]"];
     if !link.starts_with('/') || MEMORY.iter().any(|prefix| link.starts_with(prefix)) {
         return None;
     }
-    let path = format!("/proc/{pid}/fd/{fd}");
-    let metadata = std::fs::metadata(&path).ok()?;
     let kind = metadata.file_type();
     if (kind.is_char_device() || kind.is_block_device()) && !is_plain_device(metadata.rdev(), kind.is_char_device()) {
         return Some(Obstacle::new(
@@ -99,8 +110,7 @@ fn descriptor(pid: i32, fd: i32, link: &str, inside: &HashSet<String>, known: &H
             "close it or run the container without the device",
         ));
     }
-    let info = FdInfo::parse(&std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).ok()?);
-    let outside = !inside.contains(&info.mount) && !known.contains(link) && link != "/dev/null";
+    let outside = !inside.contains(&info.mount) && !known.contains(link.as_str()) && link != "/dev/null";
     if outside && kind.is_char_device() {
         return Some(Obstacle::new(
             name_of(pid),
@@ -178,7 +188,7 @@ mod tests {
 
     #[test]
     fn an_io_uring_is_named_with_its_way_out() {
-        let obstacle = descriptor(1, 3, "anon_inode:[io_uring]", &HashSet::new(), &HashSet::new()).expect("found");
+        let obstacle = unsupported(1, "anon_inode:[io_uring]").expect("found");
         assert!(obstacle.why.contains("io_uring") && obstacle.fix.contains("seccomp"));
     }
 
