@@ -52,9 +52,20 @@ impl Journal {
         let mut file = fs::File::create(&partial)?;
         file.write_all(&serde_json::to_vec(record)?)?;
         file.sync_all()?;
+        let dir = fs::File::open(&self.dir)?;
         fs::rename(&partial, path)?;
         // The name is durable once its directory is.
-        fs::File::open(&self.dir)?.sync_all()
+        dir.sync_all().unwrap_or_else(|error| self.end_at_once(&error));
+        Ok(())
+    }
+
+    /// Whether a record counts must never be unknown: one that failed must not be read later. This one is there, and can't be taken back
+    /// where nothing can be written any more. So this is a crash between the record and what follows from it, which the hand-over allows
+    /// for; the next agent goes by what it reads.
+    fn end_at_once(&self, error: &io::Error) -> ! {
+        tracing::error!(%error, dir = %self.dir.display(), "can't tell whether a record is on disk: the agent ends here, and goes on with it when it is started again");
+        eprintln!("can't tell whether a record in {} is on disk ({error}): ending", self.dir.display());
+        std::process::abort()
     }
 
     /// A record; nothing if there is none, or none that can be read.

@@ -37,7 +37,7 @@ use crate::one_file::OneFileError;
 use crate::owing::settle;
 use crate::pagemap::restore_from_images;
 use crate::preflight::Findings;
-use crate::record::{Record, fence};
+use crate::record::{Record, fence, write_or_forget};
 use crate::restore::{Armed, MemoryFrom, RestoreError};
 use crate::staging::{Made, Staging, StagingError, clear_run, pages_path};
 use crate::timerfd::rearm_expired;
@@ -193,6 +193,12 @@ impl Arrival {
         Self { migration, epoch, container, peer, config, journal, memory_limit, state, intake }
     }
 
+    fn record_of(&self, phase: DestinationPhase, made: Made, ports: &[Port], task: Option<TaskId>) -> Record {
+        let owing = phase == DestinationPhase::Committed && owed::any(&pages_path(&made));
+        let (container, ports, peer) = (self.container.id.clone(), ports.to_vec(), self.peer.clone());
+        Record { container, epoch: self.epoch, phase, made, ports, peer, owing, task }
+    }
+
     fn record(
         &self,
         phase: DestinationPhase,
@@ -200,10 +206,7 @@ impl Arrival {
         ports: &[Port],
         task: Option<TaskId>,
     ) -> Result<(), JournalError> {
-        let owing = phase == DestinationPhase::Committed && owed::any(&pages_path(&made));
-        let (container, ports, peer) = (self.container.id.clone(), ports.to_vec(), self.peer.clone());
-        let record = Record { container, epoch: self.epoch, phase, made, ports, peer, owing, task };
-        self.journal.write(&self.migration, &record)
+        self.journal.write(&self.migration, &self.record_of(phase, made, ports, task))
     }
 
     /// Tells the machine of the hand-over, and does what it wants, in its order; what it has to say. A record that can't be
@@ -263,10 +266,7 @@ impl Arrival {
                 self.journal.write(&self.migration, &Record { phase, ..record })
             }
             (DestinationPhase::Aborted, _) => {
-                let recorded = self.record(phase, Made::default(), &[], None);
-                // One that nobody knows is refused as well. As long as it is on record as arriving, an agent that starts would undo it
-                // again, by names that may be others' then.
-                recorded.or_else(|error| self.journal.forget(&self.migration).map_err(|_| error))
+                write_or_forget(&self.journal, &self.migration, &self.record_of(phase, Made::default(), &[], None))
             }
             _ => self.record(phase, Made::default(), &[], None),
         }

@@ -1,6 +1,6 @@
 //! What a destination agent must know after it was killed, and what it does then.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use longhaul_common::cgroup::{CgroupError, Freezer};
 use longhaul_common::config::DestConfig;
@@ -101,48 +101,73 @@ const HOLD_RECONNECTS: Duration = Duration::from_secs(1);
 
 /// At the agent's start: what an earlier life left half-done is taken away; what is committed stays.
 pub async fn recover(config: &DestConfig, journal: &Journal) {
-    journal.prune(REMEMBERED, |record: &Record| record.phase != DestinationPhase::Arriving);
     let runtime = config.engine.runtime();
-    let records = journal.all::<Record>();
-    for (migration, mut record) in records.clone() {
+    // All of them, and their times, as they were left: what is done below writes some anew.
+    let records: Vec<Known> = journal.all::<Record>().into_iter().map(|known| Known::new(journal, known)).collect();
+    for Known { migration, record, .. } in &records {
+        let mut record = record.clone();
         let (_, actions) = Destination::recover(record.phase, record.epoch);
         for action in actions {
             match action {
-                Action::Undo if has_successor(journal, &records, &migration, &record.container) => {
-                    tracing::warn!(migration, container = record.container, "undone already, as a later one shows");
-                    (record.made, record.ports) = (Made::default(), Vec::new());
-                }
                 Action::Undo => {
-                    tracing::warn!(migration, container = record.container, "undoing an arrival that was cut off");
-                    end_restore(&hold_socket(&record.made.run), &runtime.state_dir(&record.container));
-                    if let Err(error) = runtime.delete(&record.container).await {
-                        tracing::debug!(%error, "the runtime had nothing to delete");
+                    let container = &record.container;
+                    if has_successor(&records, migration, container) {
+                        tracing::warn!(migration, container, "undone already, as a later one shows");
+                    } else if !record.made.run.exists() && runtime.state(container).await.is_ok() {
+                        tracing::warn!(migration, container, "undone already: the one of this name came by other ways");
+                    } else {
+                        tracing::warn!(migration, container, "undoing an arrival that was cut off");
+                        end_restore(&hold_socket(&record.made.run), &runtime.state_dir(container));
+                        if let Err(error) = runtime.delete(container).await {
+                            tracing::debug!(%error, "the runtime had nothing to delete");
+                        }
+                        record.remove_ports();
+                        undo(&record.made);
                     }
-                    record.remove_ports();
-                    undo(&record.made);
                     (record.made, record.ports) = (Made::default(), Vec::new());
                 }
                 Action::Record(phase, epoch) => {
                     (record.phase, record.epoch) = (phase, epoch);
-                    if let Err(error) = journal.write(&migration, &record) {
+                    if let Err(error) = write_or_forget(journal, migration, &record) {
                         tracing::error!(%error, migration, "can't record that the migration was undone");
                     }
                 }
-                Action::Resume => resume_committed(journal, &migration, &record).await,
-                Action::Fence => fence(config, &migration, journal).await,
+                Action::Resume => resume_committed(journal, migration, &record).await,
+                Action::Fence => fence(config, migration, journal).await,
                 // Nobody listens yet.
                 Action::Tell(_) => {}
             }
         }
     }
+    journal.prune(REMEMBERED, |record: &Record| record.phase != DestinationPhase::Arriving);
+}
+
+/// Writes down that a migration is given up. If that can't be, nothing is known of it any more: one that nobody knows is refused as
+/// well, and to forget takes no room. As long as it is on record as arriving, an agent that starts would undo it again, by names that
+/// may be others' then.
+pub fn write_or_forget(journal: &Journal, migration: &str, record: &Record) -> Result<(), JournalError> {
+    journal.write(migration, record).or_else(|error| journal.forget(migration).map_err(|_| error))
+}
+
+/// A record as an agent finds it.
+struct Known {
+    migration: String,
+    record: Record,
+    written: Option<SystemTime>,
+}
+
+impl Known {
+    fn new(journal: &Journal, (migration, record): (String, Record)) -> Self {
+        Self { written: journal.written(&migration), migration, record }
+    }
 }
 
 /// Whether a container arrived again after this migration, for which an agent first takes away what an earlier one left. By
 /// their names, the container and its files are the later one's now.
-fn has_successor(journal: &Journal, records: &[(String, Record)], migration: &str, container: &str) -> bool {
-    let written = journal.written(migration);
-    let others = records.iter().filter(|(id, other)| id != migration && other.container == container);
-    others.into_iter().any(|(id, _)| journal.written(id) > written)
+fn has_successor(records: &[Known], migration: &str, container: &str) -> bool {
+    let written = records.iter().find(|known| known.migration == migration).and_then(|known| known.written);
+    let mut others = records.iter().filter(|other| other.migration != migration && other.record.container == container);
+    others.any(|other| other.written > written)
 }
 
 /// What became of a migration that is not under way any more, if it ever was.

@@ -13,6 +13,12 @@ use super::{TreeKind, metadata};
 /// as coarse as a jiffy, at most 10 ms; twice that leaves room for the time from `now` to the `stat`.
 const SETTLE: Duration = Duration::from_millis(20);
 
+/// How long one change may go on after it has moved `ctime`. write(2) moves it before it begins to copy, and then waits for pages to be
+/// written back, for room in the filesystem's journal, or (direct I/O) for the disk: what is read meanwhile is not what is there in the end,
+/// and nothing tells of that. No writer is known to hold on for longer; a disk that does is about to be given up by the kernel
+/// (`/sys/block/*/device/timeout`: 30 s for a command, but a file's writer waits for a few of them only while it is throttled).
+const UNDER_WAY: Duration = Duration::from_secs(3);
+
 /// An inode within the tree's filesystem, or of another mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Inode {
@@ -36,11 +42,24 @@ pub(super) struct Known {
     pub(super) stamp: Stamp,
     pub(super) is_dir: bool,
     pub(super) is_whiteout: bool,
-    /// False if a later change could have left the stamp as it is.
-    pub(super) settled: bool,
+    /// How far the stamp can be trusted.
+    pub(super) settled: Settled,
     /// The pass that saw it last.
     pub(super) seen: u32,
     pub(super) blocks: Option<Arc<BlockHashes>>,
+    /// The checksum of what was sent of a regular file, if it was sent whole.
+    pub(super) sum: Option<u64>,
+}
+
+/// What an unchanged stamp says of an inode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Settled {
+    /// Nothing: a later change could have left it as it is.
+    No,
+    /// Nothing else was changed; but a change of the content may have been under way when it was read.
+    Begun,
+    /// All is as it was.
+    Yes,
 }
 
 impl Stamp {
@@ -54,10 +73,15 @@ impl Stamp {
         }
     }
 
-    /// Says whether any change after `now` must move `ctime`.
-    pub(super) fn is_settled(&self, now: Timestamp) -> bool {
+    /// What the stamp will say of an inode that is read after `now`.
+    pub(super) fn settled(&self, now: Timestamp) -> Settled {
         let nanos = |time: Timestamp| i128::from(time.secs) * 1_000_000_000 + i128::from(time.nanos);
-        nanos(self.ctime) + (SETTLE.as_nanos() as i128) < nanos(now)
+        let age = nanos(now) - nanos(self.ctime);
+        match age {
+            age if age > UNDER_WAY.as_nanos() as i128 => Settled::Yes,
+            age if age > SETTLE.as_nanos() as i128 => Settled::Begun,
+            _ => Settled::No,
+        }
     }
 }
 
@@ -65,13 +89,20 @@ impl Known {
     /// An inode as it was at `now`, seen in pass number `pass`.
     pub(super) fn new(status: &Statx, now: Timestamp, tree: TreeKind, pass: u32) -> Self {
         let stamp = Stamp::of(status);
+        let kind = metadata::file_type(status);
+        let settled = match stamp.settled(now) {
+            // Only content is written for a while; the rest changes in the same moment.
+            Settled::Begun if kind != FileType::RegularFile => Settled::Yes,
+            settled => settled,
+        };
         Self {
-            is_dir: metadata::file_type(status) == FileType::Directory,
+            is_dir: kind == FileType::Directory,
             is_whiteout: tree == TreeKind::Upper && is_whiteout(status),
-            settled: stamp.is_settled(now),
+            settled,
             stamp,
             seen: pass,
             blocks: None,
+            sum: None,
         }
     }
 }

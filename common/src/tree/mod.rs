@@ -23,10 +23,12 @@
 //!
 //! Writers run during a live pass, so a pass is only a snapshot of each inode, not of the tree. Each
 //! inode's `ctime` is taken before its content is read; a later change moves `ctime`, and the next pass sends it
-//! again. Two things would break that, and are covered:
+//! again. Three things would break that, and are covered:
 //!
 //! - Kernel timestamps tick in jiffies (up to 10 ms): a change in the tick of the `stat` leaves `ctime` as it was.
 //!   What changed within `SETTLE` (see `known.rs`) of its `stat` counts as changed in the next pass too.
+//! - write(2) moves `ctime` before it writes, and may be at it for a while. What changed within `UNDER_WAY` of its `stat` is read again in the
+//!   next pass, and sent if it differs.
 //! - A store through a shared mapping moves `ctime` only when it faults. Before a file is read in a live pass
 //!   its dirty pages are written back, which makes the next store fault. tmpfs has no write-back: name such files
 //!   to [`Scanner::recheck`].

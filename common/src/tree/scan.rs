@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use super::content::HashBudget;
 use super::entry::{EntryKind, TreeItem};
 use super::error::SinkClosed;
-use super::known::{Inode, Known, Stamp, is_whiteout};
+use super::known::{Inode, Known, Settled, Stamp, is_whiteout};
 use super::names::{check_path, join, split};
 use super::watch::{Watch, can_be_watched};
 use super::{TreeError, TreeKind, sys};
@@ -190,7 +190,7 @@ impl Scanner {
         let status = sys::status(self.root.as_fd()).map_err(TreeError::io("examine", b""))?;
         pass.stats.entries_scanned += 1;
         let stamp = Stamp::of(&status);
-        if !self.root_known.as_ref().is_some_and(|known| known.settled && known.stamp == stamp) {
+        if !self.root_known.as_ref().is_some_and(|known| known.settled == Settled::Yes && known.stamp == stamp) {
             self.send_entry(Vec::new(), EntryKind::Dir, self.root.as_fd(), &status, pass)?;
             self.root_known = Some(Known::new(&status, now, self.kind, self.pass));
         }
@@ -258,7 +258,7 @@ impl Scanner {
         }
         let stamp = Stamp::of(&status);
         let is_whiteout = self.kind == TreeKind::Upper && is_whiteout(&status);
-        let is_current = (known.settled && known.stamp == stamp) || (known.is_whiteout && is_whiteout);
+        let is_current = (known.settled == Settled::Yes && known.stamp == stamp) || (known.is_whiteout && is_whiteout);
         if !is_current || pass.suspects.contains(&stamp.inode) {
             return self.send(dir, name, pass);
         }

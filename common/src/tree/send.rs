@@ -1,6 +1,7 @@
 //! The source's second half: turns what a pass has found into items.
 
 use std::ffi::CStr;
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
@@ -9,11 +10,11 @@ use rustix::fs::{FileType, Statx};
 
 use super::content::{self, BlockHashes, ContentError, Counts};
 use super::entry::{Content, ContentSum, EntryKind, TreeItem};
-use super::known::Known;
+use super::known::{Known, Settled};
 use super::names::join;
 use super::scan::{FirstName, OpenDir, Pass, Scanner, Writers, still_there};
 use super::watch::{UNIT, is_exception};
-use super::{PATCH_FROM, TreeError, metadata, sys};
+use super::{PATCH_FROM, SinkClosed, TreeError, metadata, sys};
 
 impl Scanner {
     /// One name that is new or may have changed.
@@ -28,20 +29,39 @@ impl Scanner {
         let mut known = Known::new(&status, now, self.kind, self.pass);
         let inode = known.stamp.inode;
         let has_names = known.stamp.links > 1 && !known.is_dir && !known.is_whiteout;
+        let before = dir.children.get(name.to_bytes());
+        // If its content is, too, all of it is as it was.
+        let has_same_stamp = |before: &&Known| before.settled != Settled::No && before.stamp == known.stamp;
+        let same = before.filter(has_same_stamp).filter(|_| !self.is_mount(&status));
         if let Some(first) = pass.links.get(&inode).filter(|_| has_names) {
+            let is_as_it_was = !first.sent && same.is_some();
             known = Known { seen: self.pass, ..first.known.clone() };
-            let kind = EntryKind::Hardlink { target: first.path.clone() };
-            self.send_entry(path.clone(), kind, node.as_fd(), &status, pass)?;
+            if !is_as_it_was {
+                let kind = EntryKind::Hardlink { target: first.path.clone() };
+                self.send_entry(path.clone(), kind, node.as_fd(), &status, pass)?;
+            }
         } else {
-            let before = dir.children.get(name.to_bytes());
             if before.is_some_and(|before| before.is_dir) && !known.is_dir {
                 self.forget(path.clone());
             }
             match metadata::file_type(&status) {
                 FileType::RegularFile => {
-                    let old = before.filter(|before| before.stamp.inode == inode).and_then(|b| b.blocks.clone());
-                    known.blocks = self.send_file(&path, node.as_fd(), &status, old.as_deref(), pass)?;
-                    known.settled &= pass.writers == Writers::Running;
+                    if pass.writers == Writers::Frozen {
+                        known.settled = Settled::No;
+                    }
+                    if let Some(sum) = same.and_then(|before| before.sum)
+                        && sum == self.sum_of(&path, node.as_fd(), &status, pass)?
+                    {
+                        known.sum = Some(sum);
+                        if has_names {
+                            pass.links.insert(inode, FirstName { path, known: known.clone(), sent: false });
+                        }
+                        dir.children.insert(name.to_bytes().into(), known);
+                        return Ok(());
+                    }
+                    let before = before.filter(|before| before.stamp.inode == inode);
+                    let old = before.and_then(|before| before.blocks.clone());
+                    (known.blocks, known.sum) = self.send_file(&path, node.as_fd(), &status, old.as_deref(), pass)?;
                 }
                 kind => {
                     let Some(kind) = special_kind(kind, node.as_fd(), &status, &path)? else {
@@ -64,7 +84,24 @@ impl Scanner {
         Ok(())
     }
 
-    /// Sends a regular file, its changed blocks only if `old` is what the destination has of the same inode.
+    /// What [`send_file`](Self::send_file) would return the second time of a file sent whole that is as it was.
+    fn sum_of(&self, path: &[u8], node: BorrowedFd<'_>, status: &Statx, pass: &Pass<'_>) -> Result<u64, TreeError> {
+        let size = status.stx_size;
+        let file = sys::open_to_read(node).map_err(TreeError::io("open", path))?;
+        if pass.writers == Writers::Running && size > 0 {
+            protect_mapped_pages(&file, path);
+        }
+        let mut sum = ContentSum::new(size);
+        let read = content::send(&file, size, None, None, None, |offset, bytes| {
+            sum.add(offset, bytes);
+            Ok::<_, SinkClosed>(())
+        });
+        read.map_err(|error| content_error(path, error))?;
+        Ok(sum.finish())
+    }
+
+    /// Sends a regular file, its changed blocks only if `old` is what the destination has of the same inode. Its blocks are remembered, or
+    /// the checksum of the whole.
     fn send_file(
         &self,
         path: &[u8],
@@ -72,7 +109,7 @@ impl Scanner {
         status: &Statx,
         old: Option<&BlockHashes>,
         pass: &mut Pass<'_>,
-    ) -> Result<Option<Arc<BlockHashes>>, TreeError> {
+    ) -> Result<(Option<Arc<BlockHashes>>, Option<u64>), TreeError> {
         // What is mounted on a file is not the tree's.
         let size = if self.is_mount(status) { 0 } else { status.stx_size };
         let new = if size > PATCH_FROM { self.budget.take(size) } else { None };
@@ -86,11 +123,8 @@ impl Scanner {
             Counts { now, was_clean: false }
         });
         if pass.writers == Writers::Running && size > 0 {
-            match (sys::protect_mapped_pages(&file), &mut counts) {
-                (Err(error), _) => tracing::debug!(path = %path.escape_ascii(), %error, "cannot write back"),
-                (Ok(()), Some(counts)) => counts.was_clean = true,
-                (Ok(()), None) => {}
-            }
+            let was_clean = protect_mapped_pages(&file, path);
+            counts.iter_mut().for_each(|counts| counts.was_clean = was_clean);
         }
         self.send_entry(path.to_vec(), EntryKind::File { size, content }, node, status, pass)?;
         let mut sum = ContentSum::new(size);
@@ -99,12 +133,11 @@ impl Scanner {
             pass.stats.bytes_sent += bytes.len() as u64;
             (pass.sink)(TreeItem::Data { offset, bytes: Bytes::copy_from_slice(bytes) })
         });
-        let blocks = sent.map_err(|error| match error {
-            ContentError::Read(source) => TreeError::io("read", path)(source),
-            ContentError::Send(closed) => closed.into(),
-        })?;
-        (pass.sink)(TreeItem::FileEnd { checksum: sum.finish() })?;
-        Ok(blocks.map(Arc::new))
+        let blocks = sent.map_err(|error| content_error(path, error))?;
+        let sum = sum.finish();
+        (pass.sink)(TreeItem::FileEnd { checksum: sum })?;
+        let sum = blocks.is_none().then_some(sum);
+        Ok((blocks.map(Arc::new), sum))
     }
 
     pub(super) fn send_entry(
@@ -162,4 +195,20 @@ fn special_kind(
         FileType::Socket => EntryKind::Socket,
         _ => return Ok(None),
     }))
+}
+
+/// Has the next store to a mapped page of the file move its times; whether it could be done.
+fn protect_mapped_pages(file: &File, path: &[u8]) -> bool {
+    let done = sys::protect_mapped_pages(file);
+    if let Err(error) = &done {
+        tracing::debug!(path = %path.escape_ascii(), %error, "cannot write back");
+    }
+    done.is_ok()
+}
+
+fn content_error(path: &[u8], error: ContentError<SinkClosed>) -> TreeError {
+    match error {
+        ContentError::Read(source) => TreeError::io("read", path)(source),
+        ContentError::Send(closed) => closed.into(),
+    }
 }

@@ -33,7 +33,10 @@ struct Pair {
 
 impl Pair {
     fn new(kind: TreeKind) -> Self {
-        let source = tempfile::tempdir().unwrap();
+        Self::between(tempfile::tempdir().unwrap(), kind)
+    }
+
+    fn between(source: TempDir, kind: TreeKind) -> Self {
         let copy = tempfile::tempdir().unwrap();
         let scanner = Scanner::new(source.path(), kind, Vec::new()).unwrap();
         let writer = Writer::open(copy.path(), kind).unwrap();

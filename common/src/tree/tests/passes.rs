@@ -109,12 +109,17 @@ fn a_store_through_a_mapping_after_the_pass_is_found() {
 
 #[test]
 fn a_suspect_is_read_again_through_any_of_its_names() {
-    let mut pair = Pair::new(TreeKind::Plain);
+    let Ok(source) = tempfile::tempdir_in("/dev/shm") else { return };
+    let mut pair = Pair::between(source, TreeKind::Plain);
     fs::write(pair.path("a"), "x").unwrap();
     fs::hard_link(pair.path("a"), pair.path("b")).unwrap();
     fs::write(pair.path("c"), "x").unwrap();
+    let file = OpenOptions::new().read(true).write(true).open(pair.path("a")).unwrap();
+    let mut mapping = SharedMapping::new(&file, 1);
+    mapping.store(0, b'x');
     settle(pair.source.path());
     pair.pass();
+    mapping.store(0, b'y');
     pair.scanner.recheck(Path::new("b"));
     pair.scanner.recheck(Path::new("absent/too"));
     let stats = pair.pass();
@@ -262,4 +267,30 @@ fn an_unchanged_scan_reports_its_speed() {
     let stats = pair.pass();
     assert_eq!((stats.entries_scanned, stats.entries_sent), (20_101, 0));
     println!("{:?} for {} entries: {:?} each", stats.duration, stats.entries_scanned, stats.duration / 20_101);
+}
+
+/// write(2) moves the times before it writes. A store to a mapped page of a tmpfs does so only the first time: the rest of its stores are
+/// like a write that is under way.
+#[test]
+fn a_write_that_is_under_way_during_a_pass_arrives() {
+    let Ok(source) = tempfile::tempdir_in("/dev/shm") else { return };
+    let mut pair = Pair::between(source, TreeKind::Plain);
+    let sizes = [("small", 4096), ("large", 4 << 20)];
+    let mapped = sizes.map(|(name, size)| {
+        fs::write(pair.path(name), vec![1; size]).unwrap();
+        let file = OpenOptions::new().read(true).write(true).open(pair.path(name)).unwrap();
+        let mut mapping = SharedMapping::new(&file, size);
+        mapping.store(0, 2);
+        mapping
+    });
+    settle(pair.source.path());
+    pair.pass();
+    for mut mapping in mapped {
+        mapping.store(0, 3);
+    }
+    // The same content is sent once.
+    let stats = pair.pass();
+    assert!((4097..=128 << 10).contains(&stats.bytes_sent), "{stats:?}");
+    assert_eq!(pair.last_pass().bytes_sent, 0);
+    pair.assert_equal();
 }
