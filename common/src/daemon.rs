@@ -8,6 +8,19 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
 
+/// The fewest threads that an agent runs on. A journal is synced, and a disk asked, on some of them: with one for each processor, on a host
+/// with one or two, no heartbeat would be sent while the disk is busy, and the peer would take this host for dead.
+const THREADS: usize = 4;
+
+/// Runs an agent to its end.
+///
+/// # Errors
+/// The agent's own; no threads can be had.
+pub fn run<T, E: From<io::Error>>(agent: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+    let threads = std::thread::available_parallelism().map_or(THREADS, |count| count.get().max(THREADS));
+    tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?.block_on(agent)
+}
+
 /// How long an agent that was killed may take to be gone.
 const GONE_WITHIN: Duration = Duration::from_secs(5);
 

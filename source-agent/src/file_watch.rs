@@ -35,13 +35,10 @@ pub struct FileWatch {
 }
 
 impl FileWatch {
-    /// Counts from now on; nothing on a host with one processor, and where the kernel does not allow that or does otherwise than is known. That is found out with a file
-    /// in `dir`, which must be on a filesystem that can be watched.
+    /// Counts from now on; nothing where the kernel does not allow that or does otherwise than is known. That is found out with a file in
+    /// `dir`, which must be on a filesystem that can be watched; it is written to the disk, which takes as long as that is busy.
     pub fn begin(dir: &Path) -> Option<Self> {
         let begin = || {
-            if !has_several_processors() {
-                return Err(io::Error::other("it has one processor"));
-            }
             let counters = Counters::new(COUNTERS)?;
             let programs =
                 Types::of_this_host().and_then(|types| Some((dirtied(&types, &counters)?, left(&types, &counters)?)));
@@ -77,12 +74,6 @@ impl FileWatch {
         must_count("became dirty again", file.write_all_at(b"y", UNIT))?;
         must_count("left the page cache", file.set_len(0))
     }
-}
-
-/// On an emulated machine with one, the agent stood still for 10 s of a move with it (Linux 6.1 and 6.12, `cargo lab vm`): why is not
-/// understood yet.
-fn has_several_processors() -> bool {
-    std::thread::available_parallelism().is_ok_and(|count| count.get() > 1)
 }
 
 impl Watch for FileWatch {
@@ -144,7 +135,7 @@ mod tests {
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("a directory");
         let Some(watch) = FileWatch::begin(dir.path()) else {
             let is_watchable = File::open(dir.path()).is_ok_and(can_be_watched);
-            return assert!(!is_watchable || !has_several_processors() || !nix::unistd::geteuid().is_root());
+            return assert!(!is_watchable || !nix::unistd::geteuid().is_root());
         };
         let watch = Arc::new(watch);
         let changes: [(&str, Change); 8] = [

@@ -122,6 +122,7 @@ pub(super) fn send<E>(
 ) -> Result<Option<BlockHashes>, ContentError<E>> {
     let mut buffer = vec![0; usize::try_from(size).unwrap_or(MAX_DATA).min(MAX_DATA)];
     let mut from = 0;
+    let mut ended_early = None;
     while let Some(first) = sys::next_data(file, from, size).map_err(ContentError::Read)? {
         let unit = usize::try_from(first.0 / UNIT).unwrap_or(usize::MAX);
         if let (Some(counts), Some(new)) = (counts, &mut new) {
@@ -131,11 +132,16 @@ pub(super) fn send<E>(
                 from = size.min((first.0 / UNIT + 1) * UNIT);
                 continue;
             }
-            new.set_count(unit, if counts.was_clean { count } else { UNKNOWN });
+            new.set_count(unit, if counts.was_clean && ended_early != Some(unit) { count } else { UNKNOWN });
         }
         let window = Window::read(file, size, first, &mut buffer).map_err(ContentError::Read)?;
         let hashes = window.block_hashes();
         if let Some(new) = &mut new {
+            if window.ended_early {
+                // What was not in the page cache leaves no trace there when it changes.
+                ended_early = Some(unit);
+                new.set_count(unit, UNKNOWN);
+            }
             new.hashes[window.first_block()..][..hashes.len()].copy_from_slice(&hashes);
         }
         let ranges = match old {
@@ -165,6 +171,8 @@ struct Window<'a> {
     bytes: &'a [u8],
     /// Where the data is in `bytes`.
     data: Vec<Range<usize>>,
+    /// The file is shorter than it was.
+    ended_early: bool,
 }
 
 impl<'a> Window<'a> {
@@ -187,7 +195,7 @@ impl<'a> Window<'a> {
             range.end = range.end.min(filled);
             range.start < range.end
         });
-        Ok(Self { start, end, bytes, data })
+        Ok(Self { start, end, bytes, data, ended_early: filled < offset(end) })
     }
 
     fn first_block(&self) -> usize {

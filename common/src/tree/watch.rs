@@ -3,8 +3,11 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::path::Path;
 
 use rustix::fs::{Statx, StatxAttributes};
+
+use crate::sys::memory::PAGE;
 
 /// Bytes that are watched as one: the largest folio of the page cache on x86-64 and on arm64 with pages of 4 KiB
 /// (`MAX_PAGECACHE_ORDER` in linux/pagemap.h). What happens to a folio is told by its first page alone.
@@ -29,11 +32,15 @@ pub fn write_back(file: &File) -> io::Result<()> {
 }
 
 /// Whether the filesystem that a file is on tells of every page that becomes dirty, as far as is known: ext4 but for `data=journal`,
-/// and XFS. One that keeps no pages (DAX) has nothing to tell.
+/// and XFS. One that keeps no pages (DAX) has nothing to tell, and one with blocks smaller than a page does not tell of a hole that is part of
+/// one: the page stays.
 pub fn can_be_watched(file: impl AsFd) -> bool {
     const EXT4: i64 = 0xef53;
     const XFS: i64 = 0x5846_5342;
     let Ok(filesystem) = rustix::fs::fstatfs(&file) else { return false };
+    if u64::try_from(filesystem.f_bsize).is_ok_and(|block| block < PAGE) {
+        return false;
+    }
     match filesystem.f_type {
         XFS => true,
         EXT4 => !journals_data(file),
@@ -41,14 +48,15 @@ pub fn can_be_watched(file: impl AsFd) -> bool {
     }
 }
 
-/// Whether the content of this file goes through ext4's journal, or that of any file of its filesystem.
+/// Whether the content of files goes through ext4's journal, by the mount or by the superblock's default, which only this file shows.
 fn journals_data(file: impl AsFd) -> bool {
-    let Ok(status) = rustix::fs::fstat(&file) else { return true };
-    let device = format!("{}:{}", rustix::fs::major(status.st_dev), rustix::fs::minor(status.st_dev));
-    let Ok(mounts) = std::fs::read_to_string("/proc/self/mountinfo") else { return true };
-    let mut ours = mounts.lines().filter(|line| line.split(' ').nth(2) == Some(device.as_str())).peekable();
-    // `data=journal` is shown where it is not the default of the filesystem itself; flags of files are asked for one by one.
-    ours.peek().is_none() || ours.any(|line| line.contains("data=journal"))
+    let options = || {
+        let device = rustix::fs::fstat(&file).ok()?.st_dev;
+        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+        let device = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}")).ok()?;
+        std::fs::read_to_string(Path::new("/proc/fs/ext4").join(device.file_name()?).join("options")).ok()
+    };
+    options().is_none_or(|options| !options.lines().any(|line| matches!(line, "data=ordered" | "data=writeback")))
 }
 
 /// Whether one file of such a filesystem is an exception.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Parser;
 use longhaul_common::config::{self, DestConfig};
-use longhaul_common::daemon::{say_ready, told_to_end};
+use longhaul_common::daemon::{self, say_ready, told_to_end};
 use longhaul_common::journal::Journal;
 use longhaul_common::telemetry;
 use longhaul_common::tls::{FRAME_BYTES, Identity, TlsIncoming, WINDOW_BYTES};
@@ -33,7 +33,7 @@ struct Cli {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     telemetry::init();
-    match run(&cli) {
+    match daemon::run(run(&cli)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -42,7 +42,6 @@ fn main() -> ExitCode {
     }
 }
 
-#[tokio::main]
 async fn run(cli: &Cli) -> Result<()> {
     let path = cli.config.clone().unwrap_or_else(|| config::DEST_FILE.into());
     let config: Arc<DestConfig> = Arc::new(config::load(&path, cli.config.is_some())?);

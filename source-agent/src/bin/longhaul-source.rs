@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Parser;
 use longhaul_common::config::{self, SourceConfig};
-use longhaul_common::daemon::{Alone, say_ready, told_to_end};
+use longhaul_common::daemon::{self, Alone, say_ready, told_to_end};
 use longhaul_common::host::Capabilities;
 use longhaul_common::journal::Journal;
 use longhaul_common::layers::LayerDigests;
@@ -38,7 +38,7 @@ struct Cli {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     telemetry::init();
-    match run(&cli) {
+    match daemon::run(run(&cli)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -47,7 +47,6 @@ fn main() -> ExitCode {
     }
 }
 
-#[tokio::main]
 async fn run(cli: &Cli) -> Result<()> {
     let path = cli.config.clone().unwrap_or_else(|| config::SOURCE_FILE.into());
     let config: SourceConfig = config::load(&path, cli.config.is_some())?;

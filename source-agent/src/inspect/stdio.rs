@@ -33,16 +33,20 @@ pub(super) fn examine(
     }
     let mounts = read_proc(&format!("/proc/{init}/mountinfo"))?;
     let inside: HashSet<&str> = mount_lines(&mounts).map(|mount| mount.id).collect();
-    let leads_outside = |open: &OpenFile| !inside.contains(open.info.mount.as_str()) && open.link != "/dev/null";
-    let mut set_aside = set_aside(init)?.into_iter().filter(leads_outside);
+    let is_inside = |open: &OpenFile| inside.contains(open.info.mount.as_str());
+    // Pipes and sockets may as well be the container's own.
+    let mut set_aside = set_aside(init)?.into_iter().filter(|open| open.metadata.is_file() && !is_inside(open));
     let mut streams = Vec::new();
     for fd in 0..3 {
         let Some(mut open) = OpenFile::look(init, fd) else { continue };
-        if !leads_outside(&open) {
+        if is_inside(&open) {
             match set_aside.next() {
                 Some(original) => open = original,
                 None => continue,
             }
+        }
+        if open.link == "/dev/null" {
+            continue;
         }
         let OpenFile { link, info, metadata } = open;
         if link.starts_with("pipe:[") {

@@ -1,6 +1,6 @@
 //! From the first word to the destination until both runtimes wait: the container runs all the time.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -60,6 +60,24 @@ impl Negotiated {
     }
 }
 
+/// How long it may take to find out whether files can be watched, on a disk that is busy.
+const WATCH_WITHIN: Duration = Duration::from_secs(1);
+
+/// Counts what changes in files from now on; nothing where that can't be done.
+async fn watch_files(state: &Path) -> Option<Arc<FileWatch>> {
+    let state = state.to_owned();
+    let begun = tokio::task::spawn_blocking(move || FileWatch::begin(&state));
+    match tokio::time::timeout(WATCH_WITHIN, begun).await {
+        Ok(begun) => begun.ok().flatten().map(Arc::new),
+        Err(_) => {
+            tracing::info!(
+                "large files that change are read whole: the disk is too busy to try whether they can be watched"
+            );
+            None
+        }
+    }
+}
+
 /// Both sides have looked at the container, and nothing is in the way.
 pub(super) struct Accepted {
     peer: Peer,
@@ -70,13 +88,11 @@ pub(super) struct Accepted {
 
 impl Accepted {
     pub(super) async fn prepare(self, trip: &Trip) -> Result<Prepared, MigrationError> {
-        self.session.prepare().await?;
+        let (prepared, watch) = tokio::join!(self.session.prepare(), watch_files(&trip.env.config.paths.state));
+        prepared?;
         std::fs::create_dir_all(images_dir(&trip.dir))
             .map_err(|source| InspectError::File { path: trip.dir.clone(), source })?;
         let (description, init) = (&self.inspection.description, self.inspection.live.init);
-        // Not yet: changes that it would miss are known (blocks smaller than a page; data=journal that the superblock asks for; a file that
-        // shrinks while it is read and grows again by direct I/O).
-        let watch: Option<Arc<FileWatch>> = None;
         let trees = Trees::new(description, init, &self.missing_layers, watch.as_ref()).map_err(PushError::from)?;
         Ok(Prepared { peer: self.peer, session: self.session, inspection: self.inspection, trees, memory: None })
     }

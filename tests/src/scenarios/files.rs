@@ -121,6 +121,9 @@ fn missing_layer(lab: &Lab) -> Result<()> {
 
 const TICKER: &str = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.02; done";
 
+/// The same; most of the time its output is another one, and its own is set aside.
+const ASIDE: &str = "i=0; while :; do echo line $i; i=$((i+1)); { sleep 0.02; echo; } > /aside; done";
+
 /// Every line once, in order: nothing lost between the two hosts.
 fn must_be_whole(log: &str) -> Result<usize> {
     let numbers: Vec<usize> = log.lines().filter_map(|line| line.strip_prefix("line ")?.parse().ok()).collect();
@@ -136,7 +139,7 @@ fn wait_lines(host: &Host, log: &str, lines: usize) -> Result<()> {
 
 fn log_file(lab: &Lab) -> Result<()> {
     let stage = Stage::of(lab)?;
-    let spec = ContainerSpec::new("ticker", ADDRESS, &["sh", "-c", TICKER]);
+    let spec = ContainerSpec::new("ticker", ADDRESS, &["sh", "-c", ASIDE]);
     spec.start(stage.a)?;
     wait_lines(stage.a, &spec.log(), 20)?;
     move_to("ticker", stage.a, stage.b)?;
