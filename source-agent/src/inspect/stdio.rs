@@ -34,12 +34,15 @@ pub(super) fn examine(
     let mounts = read_proc(&format!("/proc/{init}/mountinfo"))?;
     let inside: HashSet<&str> = mount_lines(&mounts).map(|mount| mount.id).collect();
     let is_inside = |open: &OpenFile| inside.contains(open.info.mount.as_str());
-    // Pipes and sockets may as well be the container's own.
-    let mut set_aside = set_aside(init)?.into_iter().filter(|open| open.metadata.is_file() && !is_inside(open));
+    let on_host = read_proc("/proc/self/mountinfo")?;
+    let on_host: HashSet<&str> = mount_lines(&on_host).map(|mount| mount.id).collect();
+    // Of this host's files alone it is certain that the container was given them: pipes, sockets and memory may be its own.
+    let is_of_host = |open: &OpenFile| open.metadata.is_file() && on_host.contains(open.info.mount.as_str());
+    let mut set_aside = set_aside(init)?.into_iter().filter(is_of_host);
     let mut streams = Vec::new();
     for fd in 0..3 {
         let Some(mut open) = OpenFile::look(init, fd) else { continue };
-        if is_inside(&open) {
+        if fd > 0 && is_inside(&open) {
             match set_aside.next() {
                 Some(original) => open = original,
                 None => continue,

@@ -54,10 +54,18 @@ pub struct Throttle {
 }
 
 impl Throttle {
-    /// For the container with these tasks; nothing is changed yet.
-    pub fn new(init: i32, tasks: &[i32], journal: &Journal, migration: &str) -> Result<Self, ThrottleError> {
+    /// For the container whose tasks `own` tells; nothing is changed yet.
+    pub fn new(
+        init: i32,
+        own: impl FnOnce() -> Result<Vec<i32>, CgroupError>,
+        journal: &Journal,
+        migration: &str,
+    ) -> Result<Self, ThrottleError> {
         let quota = CpuQuota::of(init)?;
-        if let Some(other) = quota.tasks()?.into_iter().find(|pid| !tasks.contains(pid)) {
+        // In this order: one that starts meanwhile is among the container's, and one that ends is not there any more.
+        let (all, own) = (quota.tasks()?, own()?);
+        let still = quota.tasks()?;
+        if let Some(other) = all.into_iter().find(|pid| !own.contains(pid) && still.contains(pid)) {
             return Err(ThrottleError::Shared(other));
         }
         let record = Record { before: quota.get()?, quota };
@@ -187,7 +195,7 @@ impl Throttling {
         sent: f64,
     ) -> Result<bool, ThrottleError> {
         if state.throttle.is_none() {
-            state.throttle = Some(Throttle::new(self.init, &freezer.tasks()?, &self.journal, &self.migration)?);
+            state.throttle = Some(Throttle::new(self.init, || freezer.tasks(), &self.journal, &self.migration)?);
         }
         let Some(throttle) = state.throttle.as_mut() else { return Ok(false) };
         let lowered = throttle.lower(processors, written, sent)?;
@@ -246,7 +254,7 @@ mod tests {
         // A test may run in a cgroup that others use, or that has no quota: then nothing is taken.
         let dir = tempfile::tempdir().expect("a directory");
         let journal = Journal::open(dir.path().to_owned()).expect("opens");
-        match Throttle::new(pid, &[pid], &journal, "m-1") {
+        match Throttle::new(pid, || Ok(vec![pid]), &journal, "m-1") {
             Ok(throttle) => {
                 assert_eq!(journal.all::<Record>().len(), 1);
                 drop(throttle);
