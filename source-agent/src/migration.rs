@@ -46,6 +46,9 @@ use rollback::{Live, Rollback};
 
 /// Live passes over the files stop when one has sent no more than this, in bytes: what is left fits into a few ms.
 const SETTLED_BYTES: u64 = 256 << 10;
+/// Of files that were written a moment ago, more than this, in bytes, is waited for until it is sure that they are not being written: it
+/// would all be read once more while the container is frozen, at some 3 GB a second.
+const MOST_UNSETTLED: u64 = 32 << 20;
 /// The most live passes: a container that writes faster than the link would be followed for ever.
 const MAX_LIVE_PASSES: u32 = 6;
 /// What a downtime is taken for, besides memory, before the first move: that of a small container.

@@ -49,6 +49,8 @@ pub struct Round {
     pub items: u64,
     /// Bytes of content sent.
     pub bytes: u64,
+    /// Bytes of files that are read again in the next round in any case: see [`PassStats::unsettled_bytes`].
+    pub unsettled_bytes: u64,
 }
 
 /// The trees of one container, and what has been sent of them.
@@ -146,9 +148,10 @@ impl Trees {
         let mut round = Round::default();
         let first = self.passes == 1;
         for tree in self.trees.iter().filter(|tree| first || !tree.once) {
-            let (items, bytes) = push_one(tree, peer, migration, self.passes, pass).await?;
+            let (items, stats) = push_one(tree, peer, migration, self.passes, pass).await?;
             round.items += items;
-            round.bytes += bytes;
+            round.bytes += stats.bytes_sent;
+            round.unsettled_bytes += stats.unsettled_bytes;
         }
         Ok(round)
     }
@@ -166,7 +169,7 @@ async fn push_one(
     migration: &str,
     number: u32,
     pass: Pass,
-) -> Result<(u64, u64), PushError> {
+) -> Result<(u64, PassStats), PushError> {
     let (send, receive) = mpsc::channel(QUEUE);
     let start = TreeStart { migration_id: migration.to_owned(), tree: tree.number, pass: number };
     let scanner = tree.scanner.clone();
@@ -188,7 +191,7 @@ async fn push_one(
                 micros = stats.duration.as_micros(),
                 "pass over a tree"
             );
-            Ok((items, stats.bytes_sent))
+            Ok((items, stats))
         }
     }
 }

@@ -64,6 +64,11 @@ impl BlockHashes {
             && self.blocks_of(unit).is_some_and(|blocks| !blocks.contains(&HOLE))
     }
 
+    /// Whether not all of it has to be read to find what has changed.
+    pub(super) fn is_watched(&self) -> bool {
+        !self.counts.is_empty()
+    }
+
     fn blocks_of(&self, unit: usize) -> Option<&[u64]> {
         let first = unit * UNIT_BLOCKS;
         self.hashes.get(first..(first + UNIT_BLOCKS).min(self.hashes.len()))
@@ -123,7 +128,8 @@ pub(super) fn send<E>(
     let mut buffer = vec![0; usize::try_from(size).unwrap_or(MAX_DATA).min(MAX_DATA)];
     let mut from = 0;
     let mut ended_early = None;
-    while let Some(first) = sys::next_data(file, from, size).map_err(ContentError::Read)? {
+    let mut extents = Extents { file, size, known: (0, 0) };
+    while let Some(first) = extents.next(from).map_err(ContentError::Read)? {
         let unit = usize::try_from(first.0 / UNIT).unwrap_or(usize::MAX);
         if let (Some(counts), Some(new)) = (counts, &mut new) {
             let count = counts.now.get(unit).copied().unwrap_or(UNKNOWN);
@@ -134,7 +140,7 @@ pub(super) fn send<E>(
             }
             new.set_count(unit, if counts.was_clean && ended_early != Some(unit) { count } else { UNKNOWN });
         }
-        let window = Window::read(file, size, first, &mut buffer).map_err(ContentError::Read)?;
+        let window = Window::read(&mut extents, first, &mut buffer).map_err(ContentError::Read)?;
         let hashes = window.block_hashes();
         if let Some(new) = &mut new {
             if window.ended_early {
@@ -164,6 +170,24 @@ pub(super) fn send<E>(
     Ok(new)
 }
 
+/// Where a file has data. Each stretch is asked for once: a tmpfs finds the end of one by walking over all its pages.
+struct Extents<'a> {
+    file: &'a File,
+    size: u64,
+    known: (u64, u64),
+}
+
+impl Extents<'_> {
+    /// The next stretch at or after `from`, where it begins and ends.
+    fn next(&mut self, from: u64) -> io::Result<Option<(u64, u64)>> {
+        if !(self.known.0..self.known.1).contains(&from) {
+            let Some(found) = sys::next_data(self.file, from, self.size)? else { return Ok(None) };
+            self.known = found;
+        }
+        Ok(Some((from.max(self.known.0), self.known.1)))
+    }
+}
+
 /// An aligned part of a file that holds data, read into memory.
 struct Window<'a> {
     start: u64,
@@ -177,19 +201,19 @@ struct Window<'a> {
 
 impl<'a> Window<'a> {
     /// Reads the window in which the stretch of data `first` begins.
-    fn read(file: &File, size: u64, first: (u64, u64), buffer: &'a mut [u8]) -> io::Result<Self> {
+    fn read(extents: &mut Extents<'_>, first: (u64, u64), buffer: &'a mut [u8]) -> io::Result<Self> {
         let start = first.0 - first.0 % MAX_DATA as u64;
-        let end = size.min(start + MAX_DATA as u64);
+        let end = extents.size.min(start + MAX_DATA as u64);
         // Within the window, so both fit a usize.
         let offset = |position: u64| (position - start) as usize;
         let mut data = Vec::new();
         let mut next = Some(first);
         while let Some((from, to)) = next.filter(|(from, _)| *from < end) {
             data.push(offset(from)..offset(to.min(end)));
-            next = sys::next_data(file, to, end)?;
+            next = if to < end { extents.next(to)? } else { None };
         }
         let bytes = &mut buffer[..offset(end)];
-        let filled = read_up_to(file, start, bytes)?;
+        let filled = read_up_to(extents.file, start, bytes)?;
         bytes[filled..].fill(0);
         data.retain_mut(|range| {
             range.end = range.end.min(filled);

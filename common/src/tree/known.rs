@@ -17,7 +17,7 @@ const SETTLE: Duration = Duration::from_millis(20);
 /// written back, for room in the filesystem's journal, or (direct I/O) for the disk: what is read meanwhile is not what is there in the end,
 /// and nothing tells of that. No writer is known to hold on for longer; a disk that does is about to be given up by the kernel
 /// (`/sys/block/*/device/timeout`: 30 s for a command, but a file's writer waits for a few of them only while it is throttled).
-const UNDER_WAY: Duration = Duration::from_secs(3);
+pub const UNDER_WAY: Duration = Duration::from_secs(2);
 
 /// An inode within the tree's filesystem, or of another mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -79,6 +79,7 @@ pub use apply::Writer;
 pub use digest::{LayerDigest, digest};
 pub use entry::{Content, ContentSum, Entry, EntryKind, Timestamp, TreeItem};
 pub use error::{SinkClosed, TreeError};
+pub use known::UNDER_WAY;
 pub use scan::{PassStats, Scanner};
 pub use watch::{UNIT, Watch, can_be_watched, write_back};
 

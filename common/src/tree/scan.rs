@@ -51,6 +51,8 @@ pub struct PassStats {
     pub entries_sent: u64,
     /// Bytes of content sent.
     pub bytes_sent: u64,
+    /// Bytes of files that the next pass reads again only because it is too soon to trust their times.
+    pub unsettled_bytes: u64,
     /// Names sent as removed; what was beneath them is not counted.
     pub removed: u64,
     /// Extended attributes of the entries sent that a tree of this kind cannot carry and that may matter.
@@ -85,6 +87,14 @@ pub(super) struct Pass<'a> {
     pub(super) suspects: HashSet<Inode>,
     /// Directories yet to be listed.
     pub(super) todo: Vec<Vec<u8>>,
+}
+
+impl Pass<'_> {
+    pub(super) fn count_unsettled(&mut self, known: &Known) {
+        if known.settled == Settled::Begun {
+            self.stats.unsettled_bytes += known.stamp.size;
+        }
+    }
 }
 
 /// A directory while it is listed.

@@ -53,6 +53,7 @@ impl Scanner {
                         && sum == self.sum_of(&path, node.as_fd(), &status, pass)?
                     {
                         known.sum = Some(sum);
+                        pass.count_unsettled(&known);
                         if has_names {
                             pass.links.insert(inode, FirstName { path, known: known.clone(), sent: false });
                         }
@@ -62,6 +63,9 @@ impl Scanner {
                     let before = before.filter(|before| before.stamp.inode == inode);
                     let old = before.and_then(|before| before.blocks.clone());
                     (known.blocks, known.sum) = self.send_file(&path, node.as_fd(), &status, old.as_deref(), pass)?;
+                    if !known.blocks.as_ref().is_some_and(|blocks| blocks.is_watched()) {
+                        pass.count_unsettled(&known);
+                    }
                 }
                 kind => {
                     let Some(kind) = special_kind(kind, node.as_fd(), &status, &path)? else {

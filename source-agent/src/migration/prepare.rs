@@ -11,10 +11,11 @@ use longhaul_common::description::Network;
 use longhaul_common::net::{Netns, neighbours};
 use longhaul_common::obstacle::Obstacle;
 use longhaul_common::sys::memory::{PAGE, tracks_writes};
+use longhaul_common::tree::UNDER_WAY;
 use longhaul_proto::peer::Offer;
 
 use super::save::Ready;
-use super::{MAX_LIVE_PASSES, MigrationError, SETTLED_BYTES, Trip};
+use super::{MAX_LIVE_PASSES, MOST_UNSETTLED, MigrationError, SETTLED_BYTES, Trip};
 use crate::checkpoint::{Armed, Externals, images_dir};
 use crate::file_watch::FileWatch;
 use crate::inspect::{InspectError, Inspection, inspect};
@@ -115,6 +116,10 @@ impl Prepared {
             let what = format!("pass {}: {} items", self.trees.passes(), round.items);
             trip.progress("rootfs-presync", what, round.bytes, 0);
             if round.bytes <= SETTLED_BYTES {
+                if round.unsettled_bytes > MOST_UNSETTLED {
+                    tokio::time::sleep(UNDER_WAY).await;
+                    self.push_live(trip).await?;
+                }
                 break;
             }
         }
