@@ -116,6 +116,14 @@ impl Runtime {
             .map_err(|source| RuntimeError::Answer { command: self.line(&["state", id]), source })
     }
 
+    /// The cgroups that it made for a container, one in each hierarchy; none if it does not know it.
+    pub fn cgroups(&self, id: &str) -> Vec<PathBuf> {
+        let state = std::fs::read(self.state_dir(id).join("state.json")).unwrap_or_default();
+        let state: serde_json::Value = serde_json::from_slice(&state).unwrap_or_default();
+        let paths = state["cgroup_paths"].as_object().into_iter().flat_map(|paths| paths.values());
+        paths.filter_map(|path| path.as_str().map(PathBuf::from)).collect()
+    }
+
     /// All containers it knows.
     pub async fn list(&self) -> Result<Vec<State>, RuntimeError> {
         let words = ["list", "--format", "json"];

@@ -98,7 +98,8 @@ pub fn written_paths(container: &Description) -> Vec<String> {
     paths
 }
 
-/// Room for a container that grows while it is copied: half of what it has, and a little.
+/// Room for a container that grows while it is copied, or whose tasks have a child meanwhile, whose pages are owed one by one before it is known
+/// which of them are its parent's: as much again as it has, and a little.
 const GROWTH_BYTES: u64 = 64 << 20;
 
 fn memory(config: &DestConfig, container: &Description, promised: u64, findings: &mut Findings) {
@@ -106,7 +107,7 @@ fn memory(config: &DestConfig, container: &Description, promised: u64, findings:
         let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
         line.trim().trim_end_matches(" kB").parse::<u64>().ok()
     });
-    let most = container.memory_bytes.saturating_add(container.memory_bytes / 2).saturating_add(GROWTH_BYTES);
+    let most = container.memory_bytes.saturating_mul(2).saturating_add(GROWTH_BYTES);
     let Some(available) = available.map(|kib| kib << 10) else {
         findings.memory_limit = most;
         return;

@@ -8,7 +8,7 @@ use longhaul_common::criu::hold::{HoldEvent, HoldListener};
 use longhaul_common::handover::destination::{Action, Destination, Event};
 use longhaul_common::handover::{Answer, DestinationPhase, Epoch, Request};
 use longhaul_common::journal::{Journal, JournalError};
-use longhaul_common::leftovers::{end_restore, is_filling};
+use longhaul_common::leftovers::{end_restore, is_filling, is_running};
 use longhaul_common::net::Port;
 use longhaul_common::tasks::TaskId;
 use nix::sys::signal::{Signal, kill};
@@ -67,7 +67,18 @@ async fn resume_committed(journal: &Journal, migration: &str, record: &Record) {
     match HoldListener::bind(&hold_socket(&record.made.run)) {
         Err(error) => tracing::error!(migration, %error, "can't look for a container that waits to be resumed"),
         Ok(listener) => {
-            if let Ok(Ok(mut held)) = tokio::time::timeout(HOLD_RECONNECTS, listener.accept()).await {
+            let found = async {
+                let mut tries = 0;
+                loop {
+                    let found = tokio::time::timeout(HOLD_RECONNECTS, listener.accept()).await;
+                    tries += 1;
+                    // A host that has just started is busy: a hold that is there is waited for.
+                    if found.is_ok() || tries == HOLD_TRIES || !is_running(&hold_socket(&record.made.run)) {
+                        return found;
+                    }
+                }
+            };
+            if let Ok(Ok(mut held)) = found.await {
                 for port in &record.ports {
                     if let Err(error) = port.join() {
                         tracing::error!(migration, %error, "the container's port is not on its bridge: add it by hand");
@@ -98,6 +109,8 @@ const FILLED_POLL: Duration = Duration::from_millis(500);
 
 /// How long a hold may take to find a new agent: it looks every 50 ms.
 const HOLD_RECONNECTS: Duration = Duration::from_secs(1);
+/// How often one that runs is given that time.
+const HOLD_TRIES: u32 = 20;
 
 /// At the agent's start: what an earlier life left half-done is taken away; what is committed stays.
 pub async fn recover(config: &DestConfig, journal: &Journal) {

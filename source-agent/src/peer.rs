@@ -303,17 +303,30 @@ impl Session {
 
     /// Waits until the destination has said nothing, not even that it is there, for so long; what that means.
     pub async fn silence(&self, limit: Duration) -> PeerError {
+        // Time in which this agent did not run either counts once: after a pause of this host what the peer has said is not read yet.
+        const TICKS: u32 = 4;
         let mut heard = self.last_heard.clone();
+        let mut ticks = 0;
         loop {
-            let last = *heard.borrow_and_update();
+            if heard.has_changed().unwrap_or(false) {
+                heard.mark_unchanged();
+                ticks = 0;
+            }
             tokio::select! {
-                () = tokio::time::sleep_until((last + limit).into()) => {
-                    return PeerError::Silent { host: self.host.clone(), seconds: limit.as_secs_f64() };
+                biased;
+                () = tokio::time::sleep(limit / TICKS) => {
+                    ticks += 1;
+                    if ticks >= TICKS {
+                        return PeerError::Silent { host: self.host.clone(), seconds: limit.as_secs_f64() };
+                    }
                 }
-                changed = heard.changed() => if changed.is_err() {
-                    // The stream has ended: whoever waits for an answer learns why.
-                    std::future::pending::<()>().await;
-                },
+                changed = heard.changed() => {
+                    if changed.is_err() {
+                        // The stream has ended: whoever waits for an answer learns why.
+                        std::future::pending::<()>().await;
+                    }
+                    ticks = 0;
+                }
             }
         }
     }

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::hold_socket;
 use crate::custody::{Custody, Hands};
-use crate::retire::retire;
+use crate::retire::{remove_cgroups, retire};
 
 /// One migration's record.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -88,8 +88,10 @@ impl Hands for Recovered {
     }
 
     async fn end(&mut self) {
+        let cgroups = self.runtime.cgroups(&self.record.container);
         end(&self.record).await;
         retire(&self.runtime, &self.record.description, &self.migration, &self.record.to).await;
+        remove_cgroups(cgroups).await;
     }
 }
 

@@ -1,6 +1,7 @@
 //! What stays of a container that has moved: its files, unmounted and marked as stale.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use longhaul_common::description::{Description, Network, Rootfs, VolumeMode};
 use longhaul_common::moved::Moved;
@@ -36,6 +37,20 @@ pub async fn retire(runtime: &Runtime, container: &Description, migration: &str,
     if let Err(error) = moved.write(Path::new(&container.bundle)) {
         tracing::warn!(%error, bundle = container.bundle, "can't mark the stale copy: a return of the container will be refused");
     }
+}
+
+/// Removes a container's cgroups. The runtime does, unless the container's last task takes longer than 150 ms to be gone (runc 1.1,
+/// `RemovePaths`).
+pub async fn remove_cgroups(mut dirs: Vec<PathBuf>) {
+    const TRIES: usize = 100;
+    for _ in 0..TRIES {
+        dirs.retain(|dir| std::fs::remove_dir(dir).is_err_and(|error| error.kind() != std::io::ErrorKind::NotFound));
+        if dirs.is_empty() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    tracing::warn!(?dirs, "cgroups of the container that moved are still in use");
 }
 
 fn unmount(path: &Path) {

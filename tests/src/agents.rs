@@ -22,10 +22,10 @@ const PROGRAMS: [(&str, &str); 7] = [
     ("liblonghaul_criu_filter.so", "usr/local/libexec/longhaul"),
 ];
 /// How long an agent may take to say that it is ready.
-const READY_DEADLINE: Duration = Duration::from_secs(20);
+const READY_DEADLINE: Duration = Duration::from_secs(60);
 
 /// How long a move may take to a point where a fault was asked for.
-const REACH_DEADLINE: Duration = Duration::from_secs(20);
+const REACH_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Builds everything that runs in hosts, with the profile of the lab itself.
 pub fn build() -> Result<()> {

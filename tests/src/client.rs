@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::lab::Host;
 
 /// How long a client may take for anything.
-const DEADLINE: Duration = Duration::from_secs(30);
+const DEADLINE: Duration = Duration::from_secs(120);
 /// How often its status file is looked at: it is rewritten every 100 ms.
 const LOOK: Duration = Duration::from_millis(10);
 

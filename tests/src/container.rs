@@ -153,3 +153,16 @@ impl ContainerSpec {
         Ok(config)
     }
 }
+
+/// Shell text that deletes a container. runc waits 150 ms for its last thread to be gone, and then leaves its cgroups (runc 1.1,
+/// `RemovePaths`).
+pub(crate) fn delete(id: &str) -> String {
+    format!(
+        "runc delete --force {id}; \
+         for try in $(seq 100); do \
+             left=$(find /sys/fs/cgroup -mindepth 2 -maxdepth 2 -type d -name {id}); \
+             [ -z \"$left\" ] && break; \
+             rmdir $left 2>/dev/null || sleep 0.05; \
+         done"
+    )
+}

@@ -5,12 +5,12 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use crate::agents;
-use crate::container::CONTAINER_LOGS;
+use crate::container::{CONTAINER_LOGS, delete};
 use crate::lab::{Host, Lab};
 
 /// One scenario: a sentence for a name, and what is done on three hosts.
@@ -112,22 +112,17 @@ pub(crate) fn logs(lab: &Lab) -> String {
 
 /// Ends the containers that a scenario started, as an operator would.
 pub(crate) fn tidy(host: &Host) -> Result<()> {
-    host.sh(
-        // runc waits for a container's first task and 150 ms more: a cgroup whose last thread takes longer to end stays
-        // (`RemovePaths` in libcontainer/cgroups/utils.go, 1.1).
-        "for id in $(runc list -q); do \
-             runc delete --force $id; \
-             for try in $(seq 100); do \
-                 left=$(find /sys/fs/cgroup -mindepth 2 -maxdepth 2 -type d -name $id); \
-                 [ -z \"$left\" ] && break; \
-                 rmdir $left 2>/dev/null || sleep 0.05; \
-             done; \
-         done; \
-         for mount in $(awk '$2 ~ /^\\/srv\\/(containers|volumes|disk)/ {print $2}' /proc/mounts); do umount -l $mount; done; \
+    host.sh(&format!(
+        "for id in $(runc list -q); do {}; done; \
+         for mount in $(awk '$2 ~ /^\\/srv\\/(containers|volumes|disk)/ {{print $2}}' /proc/mounts); do umount -l $mount; done; \
          rm -rf /srv/containers/* /srv/volumes /srv/disk /var/log/containers /var/lib/longhaul/logs /tmp/*",
-    )
+        delete("$id")
+    ))
     .map(drop)
 }
+
+/// How long what a scenario needed may take to be gone.
+const CLEAN_WITHIN: Duration = Duration::from_secs(30);
 
 /// After a scenario nothing of any move may be left.
 pub(crate) fn must_be_clean(host: &Host) -> Result<()> {
@@ -155,12 +150,19 @@ pub(crate) fn must_be_clean(host: &Host) -> Result<()> {
         pgrep -a 'criu|runc|longhaul-criu|longhaul-fill' | sed 's/^/process left: /'
         ls /var/lib/longhaul/source 2>/dev/null | sed 's/^/journal left: /'
     "#;
-    let left = host.output(["sh", "-c", script])?;
-    let left = String::from_utf8_lossy(&left.stdout).trim().to_owned();
-    if !left.is_empty() {
-        bail!("on {} after it:\n{left}", host.name);
+    // Agents and the kernel take away what is not needed any more in their own time.
+    let end = Instant::now() + CLEAN_WITHIN;
+    loop {
+        let left = host.output(["sh", "-c", script])?;
+        let left = String::from_utf8_lossy(&left.stdout).trim().to_owned();
+        if left.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() > end {
+            bail!("on {} after it:\n{left}", host.name);
+        }
+        std::thread::sleep(Duration::from_millis(250));
     }
-    Ok(())
 }
 
 /// Runs the workspace's unit tests; their output goes on to ours.

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use longhaul_common::net::Netns;
 use longhaul_common::obstacle::Obstacle;
@@ -9,6 +10,10 @@ use longhaul_common::sys::InNetns;
 use std::os::fd::AsFd;
 
 use super::{InspectError, name_of, read_proc};
+
+/// How often it is looked for sockets whose other end is outside, and how long after each other.
+const LOOKS: usize = 4;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
 
 /// Looks at the sockets of all tasks.
 pub(super) fn examine(
@@ -24,10 +29,23 @@ pub(super) fn examine(
             "restart it with GODEBUG=multipathtcp=0, or with net.mptcp.enabled=0 in its network namespace",
         ));
     }
-    let own = socket_inodes(tasks);
     let netns = Netns::of_task(init)?;
-    let rows = ss(&netns, &["-x", "-a", "-n", "-H"]);
-    for (path, peer) in external_peers(&rows, &own) {
+    // Sockets come and go between the two questions: what is outside is so each time.
+    let mut own = HashSet::new();
+    let mut external: Option<Vec<(String, u64)>> = None;
+    for look in 0..LOOKS {
+        own = socket_inodes(tasks);
+        let now = external_peers(&ss(&netns, &["-x", "-a", "-n", "-H"]), &own);
+        let still = external.get_or_insert_with(|| now.clone());
+        still.retain(|found| now.contains(found));
+        if still.is_empty() {
+            break;
+        }
+        if look + 1 < LOOKS {
+            std::thread::sleep(BETWEEN_LOOKS);
+        }
+    }
+    for (path, peer) in external.unwrap_or_default() {
         obstacles.push(Obstacle::new(
             format!("unix socket {path}"),
             format!("it is connected to a process outside the container (socket {peer})"),

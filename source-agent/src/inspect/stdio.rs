@@ -38,12 +38,15 @@ pub(super) fn examine(
     let on_host: HashSet<&str> = mount_lines(&on_host).map(|mount| mount.id).collect();
     // Of this host's files alone it is certain that the container was given them: pipes, sockets and memory may be its own.
     let is_of_host = |open: &OpenFile| open.metadata.is_file() && on_host.contains(open.info.mount.as_str());
-    let mut set_aside = set_aside(init)?.into_iter().filter(is_of_host);
+    let mut used = 0;
     let mut streams = Vec::new();
     for fd in 0..3 {
         let Some(mut open) = OpenFile::look(init, fd) else { continue };
         if fd > 0 && is_inside(&open) {
-            match set_aside.next() {
+            // Looked for after that, and again if it has its own back by now.
+            let aside = set_aside(init)?.into_iter().filter(is_of_host).nth(used);
+            used += usize::from(aside.is_some());
+            match aside.or_else(|| OpenFile::look(init, fd).filter(|open| !is_inside(open))) {
                 Some(original) => open = original,
                 None => continue,
             }

@@ -289,7 +289,8 @@ mod tests {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("starts");
         let pid = child.id().cast_signed();
         // Until it has executed its program and waits.
-        while !std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains("(sleep) S")) {
+        let read = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
+        while !(read("stat").contains("(sleep) S") && read("maps").contains("[vdso]")) {
             std::thread::yield_now();
         }
         learn(pid).expect("readable");

@@ -329,6 +329,10 @@ impl Precopy {
                 let sent = (meter.stored_pages() - before) * longhaul_common::sys::memory::PAGE;
                 let look = Race { sent, written: written.await.unwrap_or(0) };
                 looks.push(look);
+                // Nothing is taken from the container any more once the round is over.
+                if !matches!(is_ended.try_recv(), Err(tokio::sync::oneshot::error::TryRecvError::Empty)) {
+                    return false;
+                }
                 let limits = *limits.lock().unwrap_or_else(PoisonError::into_inner);
                 if !is_lost(&looks, LOOK_EVERY, limits.max_downtime) {
                     continue;

@@ -13,7 +13,7 @@ use crate::checkpoint::Armed;
 use crate::custody::Hands;
 use crate::peer::Session;
 use crate::record::{Record, kill_frozen};
-use crate::retire::retire;
+use crate::retire::{remove_cgroups, retire};
 
 /// Everything that was changed, filled in as it is changed.
 #[derive(Default)]
@@ -91,6 +91,7 @@ impl Hands for Live {
             rollback.checkpoint.take()
         };
         let Some((record, freezer, ports)) = &self.held else { return };
+        let cgroups = self.runtime.cgroups(&record.container);
         kill_frozen(freezer);
         if let Some(checkpoint) = checkpoint {
             checkpoint.kill().await;
@@ -98,5 +99,6 @@ impl Hands for Live {
         // The namespace would take them along, but only some time after its last task.
         ports.iter().for_each(Port::remove_if_there);
         retire(&self.runtime, &record.description, &self.migration, &self.to).await;
+        remove_cgroups(cgroups).await;
     }
 }

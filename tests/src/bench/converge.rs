@@ -163,13 +163,20 @@ pub(super) fn link_cut(bench: &Bench) -> Result<Vec<Row>> {
         ["lab-tool", "memcheck", "run", "--mib", "200", "--rate", "20000", "--procs", "2", "--listen", "0.0.0.0:7003"];
     let mut subject = Subject::start(bench, "cut", 58, &command)?;
     c.sh("lab-tool wait-port 10.77.0.58:7003 --seconds 20")?;
+    // It fills its memory meanwhile, and its layers are read for the first time.
+    subject.moved(&[])?;
+    settle(subject.hosts[0])?;
     let _shaped = Shaped::new([a, b])?;
     let mut failed = 0;
     for turn in 0..CUTS {
         let [from, to] = subject.hosts;
         let words = ["migrate", "cut", "--to", &to.name, "-q", "--format", "json", "--postcopy", "now"];
         let moving = from.command(words).stdout(std::process::Stdio::piped()).spawn()?;
-        from.sh("for i in $(seq 2000); do migrate status | grep running | grep -q post-copy && exit 0; sleep 0.005; done; exit 1")?;
+        let seen = "for i in $(seq 2000); do migrate status | grep running | grep -q post-copy && exit 0; sleep 0.005; done; exit 1";
+        if let Err(error) = from.sh(seen) {
+            let output = moving.wait_with_output()?;
+            return Err(error.context(format!("move {turn}: {}", String::from_utf8_lossy(&output.stdout))));
+        }
         bench.lab.cable(from, false)?;
         std::thread::sleep(Duration::from_secs(5));
         bench.lab.cable(from, true)?;

@@ -71,7 +71,7 @@ impl Mishap {
             Self::KillCriuHere => signal(from, "KILL", "criu"),
             // What it had restored must end with it, and not run before its time.
             Self::KillCriuThere => to
-                .sh("pkill -KILL -x criu; for i in $(seq 100); do pgrep -f '[l]edger run' >/dev/null || exit 0; sleep 0.01; done; exit 1")
+                .sh("pkill -KILL -x criu; for i in $(seq 2000); do pgrep -f '[l]edger run' >/dev/null || exit 0; sleep 0.01; done; exit 1")
                 .map(drop)
                 .context("tasks outlive the CRIU that restored them"),
             Self::PowerCycle => bail!("a lab that is lent can't lose a host"),

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 
 use super::{Stage, counter, move_to, must_have_counted_on, redis, runs, wait_port};
 use crate::client::Client;
-use crate::container::{ContainerSpec, REDIS, Rootfs};
+use crate::container::{ContainerSpec, REDIS, Rootfs, delete};
 use crate::harness::Scenario;
 use crate::lab::{Host, Lab};
 
@@ -181,7 +181,7 @@ fn selfcheck(lab: &Lab) -> Result<()> {
         stage.c.sh(check)?;
         move_to(name, stage.b, stage.a)?;
         stage.c.sh(check)?;
-        stage.a.sh(&format!("runc delete --force {name}"))?;
+        stage.a.sh(&delete(name))?;
     }
     Ok(())
 }

@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::{Stage, counter, migrate, move_to, must_have_counted_on, redis, runs};
 use crate::agents::{self, Agent, ask_fault};
 use crate::client::Client;
+use crate::container::delete;
 use crate::faults::mishap::{fill_journal, free_journal};
 use crate::harness::Scenario;
 use crate::lab::{Host, Lab};
@@ -206,11 +207,14 @@ fn kept_wrongly(lab: &Lab) -> Result<()> {
     })?;
     ensure!(settled([stage.a, stage.b])? == 0, "it is not where it was kept");
     // What is left is for the operator to look at, and to remove.
-    stage.b.sh("runc delete --force web; umount -l /srv/containers/web/rootfs; rm -rf /srv/containers/web").map(drop)
+    stage
+        .b
+        .sh(&format!("{}; umount -l /srv/containers/web/rootfs; rm -rf /srv/containers/web", delete("web")))
+        .map(drop)
 }
 
 /// Within 200 ms, and what taking back takes; with a margin for two labs on two cores. Without heartbeats it was 6 s.
-const THAWED_WITHIN_MS: f64 = 3000.0;
+const THAWED_WITHIN_MS: f64 = 5000.0;
 
 fn silent(lab: &Lab) -> Result<()> {
     let stage = Stage::of(lab)?;

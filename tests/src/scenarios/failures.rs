@@ -83,12 +83,26 @@ fn cancelled(lab: &Lab) -> Result<()> {
     redis(stage.a, stage.c)?;
     grow(stage.c)?;
     let client = counter(stage.c)?;
+    ask_fault(stage.a, Agent::Source, "source:phase:final-state", "hold")?;
     let mut moving = stage.a.command(["migrate", "web", "--to", &stage.b.name, "--progress", "plain"]).spawn()?;
-    stage.a.sh("for i in $(seq 2000); do migrate status | grep running | grep -q -e freeze -e final-state && exec migrate cancel web; sleep 0.002; done; exit 1")?;
+    agents::wait_reached(stage.a, Agent::Source)?;
+    let told = stage.a.sh("migrate cancel web");
+    agents::clear_fault(stage.a, Agent::Source)?;
+    told?;
     let status = moving.wait()?;
     ensure!(status.code() == Some(1), "migrate ended with {status}");
-    goes_on(client, stage.a)?;
-    destination_is_empty(stage.b)
+    // And at moments that nobody has chosen: before its state is saved, and while.
+    let mut hosts = [stage.a, stage.b];
+    for after in [0, 20, 40].map(Duration::from_millis) {
+        let [here, there] = hosts;
+        let cancel = Cancel { phase: "final-state", after };
+        match soak::migration::migrate("web", here, there, Way::Default, Some(cancel))? {
+            Ending::Cancelled => destination_is_empty(there).with_context(|| format!("{after:?}"))?,
+            Ending::Moved { .. } => hosts.swap(0, 1),
+            Ending::Stayed(why) => bail!("{after:?}: {why}"),
+        }
+    }
+    goes_on(client, hosts[0])
 }
 
 fn cancelled_restore(lab: &Lab) -> Result<()> {

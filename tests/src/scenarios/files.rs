@@ -2,12 +2,12 @@
 
 use std::net::Ipv4Addr;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use super::clients::WITHOUT;
 use super::{Stage, migrate, move_to};
-use crate::container::{ContainerSpec, Rootfs};
+use crate::container::{ContainerSpec, Rootfs, delete};
 use crate::harness::Scenario;
 use crate::lab::{Host, Lab};
 
@@ -103,7 +103,7 @@ fn missing_layer(lab: &Lab) -> Result<()> {
     let spec = sleeper("layered", Rootfs::Overlay);
     let bundle = spec.bundle();
     spec.start(stage.a)?;
-    stage.a.sh("runc delete --force layered")?;
+    stage.a.sh(&delete("layered"))?;
     // The same container on a layer that only this host has, over the common one.
     stage.a.sh(&format!(
         "umount {bundle}/rootfs; mkdir -p /srv/disk/layer; echo only-here > /srv/disk/layer/marker; \
@@ -223,7 +223,7 @@ fn unstoppable(lab: &Lab) -> Result<()> {
         host.sh("mkdir -p /srv/volumes/busy")?;
     }
     spec.start(stage.a)?;
-    stage.a.sh("lab-tool hold-directory /srv/volumes/busy --seconds 4 >/dev/null 2>&1 </dev/null & \
+    stage.a.sh("lab-tool hold-directory /srv/volumes/busy --seconds 5 >/dev/null 2>&1 </dev/null & \
          for i in $(seq 400); do \
            for pid in $(runc ps --format json waiter | tr -d '[]' | tr ',' ' '); do \
              grep -q '^State:.D' /proc/$pid/status 2>/dev/null && exit 0; \
@@ -259,9 +259,8 @@ fn memory_filesystems(lab: &Lab) -> Result<()> {
         let after = list(to)?;
         ensure!(before == after, "before:\n{before}\nafter:\n{after}");
         stage.c.sh(&check)?;
-        let left = from.sh("grep -c longhaul /proc/mounts || true")?;
-        let staged = to.sh("grep -c 'longhaul.*tmpfs-' /proc/mounts || true")?;
-        ensure!(staged.trim() == "0", "still mounted for the way: {staged} {left}");
+        to.sh("for i in $(seq 400); do grep 'longhaul.*tmpfs-' /proc/mounts || exit 0; sleep 0.05; done; exit 1")
+            .context("still mounted for the way")?;
     }
     Ok(())
 }

@@ -101,11 +101,21 @@ impl Control {
     }
 
     async fn prepared(client: &mut PeerClient<Channel>, id: &str) -> Result<Self> {
-        let mut control = Self::open(client).await?;
-        let Reply::Verdict(verdict) = control.offer(id, description("hostile").to_json()).await? else {
-            bail!("no verdict")
+        let mut tries = 0;
+        let mut control = loop {
+            let mut control = Self::open(client).await?;
+            let Reply::Verdict(verdict) = control.offer(id, description("hostile").to_json()).await? else {
+                bail!("no verdict")
+            };
+            if verdict.obstacles.is_empty() {
+                break control;
+            }
+            // The one before has been undone, and may not be forgotten yet.
+            tries += 1;
+            let is_arriving = verdict.obstacles.iter().any(|obstacle| obstacle.why.contains("arriving"));
+            ensure!(is_arriving && tries < 200, "{:?}", verdict.obstacles);
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         };
-        ensure!(verdict.obstacles.is_empty(), "{:?}", verdict.obstacles);
         ensure!(matches!(control.say(Request::Prepare(peer::Prepare {})).await?, Reply::Prepared(_)), "not prepared");
         Ok(control)
     }

@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::memory::{digest, filled_redis, memcheck, moved, must_be_right};
 use super::{Stage, migrate, runs, settle};
 use crate::agents::{self, Agent};
+use crate::container::delete;
 use crate::harness::Scenario;
 use crate::lab::{Host, Lab};
 
@@ -96,7 +97,7 @@ fn link_broken(lab: &Lab) -> Result<()> {
     let moving = Moving::start("memory", stage.a, stage.b)?;
     // Reset, and then away for longer than a connection may say nothing.
     stage.b.sh(
-        "ss -K state established sport = :7474 >/dev/null; sleep 0.3; ss -K state established sport = :7474 >/dev/null",
+        "ss -K state established sport = :7474 >/dev/null; sleep 1; ss -K state established sport = :7474 >/dev/null",
     )?;
     lab.cable(stage.a, false)?;
     let seen = stage.a.sh("for i in $(seq 100); do migrate status --format json | grep -q 'waits for the rest of its memory' && exit 0; sleep 0.1; done; migrate status --format json; exit 1");
@@ -112,7 +113,7 @@ fn link_broken(lab: &Lab) -> Result<()> {
 fn killed(lab: &Lab) -> Result<()> {
     let stage = Stage::of(lab)?;
     let before = filled_redis(&stage)?;
-    // Packed it is 5 MB: a second, in which the victim is hit.
+    // Some five seconds, in which the victim is hit.
     let slow = Slow::new([stage.a, stage.b], "40mbit")?;
     let mut hosts = [stage.a, stage.b];
     for victim in ["filler", "destination", "source"] {
@@ -153,7 +154,7 @@ fn lost(lab: &Lab) -> Result<()> {
     let stage = Stage::of(lab)?;
     filled_redis(&stage)?;
     stage.c.sh("redis-cli -h 10.77.0.20 set where here")?;
-    let slow = Slow::new([stage.a, stage.b], "100mbit")?;
+    let slow = Slow::new([stage.a, stage.b], "40mbit")?;
     let moving = Moving::start("web", stage.a, stage.b)?;
     lab.cable(stage.b, false)?;
     let ended = moving.end();
@@ -174,7 +175,7 @@ fn lost(lab: &Lab) -> Result<()> {
         .sh("for i in $(seq 300); do runc state web | grep -q -e '\"status\": \"paused\"' -e '\"status\": \"stopped\"' && exit 0; sleep 0.1; done; exit 1")
         .context("the copy that was overruled is neither frozen nor ended")?;
     ensure!(runs(stage.a, "web")?, "it does not run where it was kept");
-    stage.b.sh("runc delete --force web; umount -l /srv/containers/web/rootfs; rm -rf /srv/containers/web")?;
+    stage.b.sh(&format!("{}; umount -l /srv/containers/web/rootfs; rm -rf /srv/containers/web", delete("web")))?;
     // The filler finds out that nobody waits any more.
     settle(stage.b)?;
     stage

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{Said, Stage, migrate, redis, runs};
 use crate::agents::{self, Agent};
-use crate::container::{ContainerSpec, Rootfs};
+use crate::container::{ContainerSpec, Rootfs, delete};
 use crate::harness::Scenario;
 use crate::lab::{Host, Lab};
 
@@ -61,9 +61,10 @@ fn occupied(lab: &Lab) -> Result<()> {
     // The same id, path and address, all at once: each is named.
     web.start(stage.b)?;
     refused(&migrate(stage.a, &to)?, &["container web", "/srv/containers/web", "10.77.0.20", "in use"])?;
-    stage.b.sh(
-        "runc delete --force web; umount /srv/containers/web/rootfs; rm -rf /srv/containers/web /var/log/containers",
-    )?;
+    stage.b.sh(&format!(
+        "{}; umount /srv/containers/web/rootfs; rm -rf /srv/containers/web /var/log/containers",
+        delete("web")
+    ))?;
     stage.b.sh("ip link set br0 down; ip link set br0 name other")?;
     let bridge = stage.b.sh("ip link set other up; ip route show");
     let said = migrate(stage.a, &to);
@@ -119,9 +120,10 @@ fn unsaveable(lab: &Lab) -> Result<()> {
         &migrate(stage.a, &["odd", "--to", "host2", "-q", "--volumes", "shared"])?,
         &["unix socket", "outside the container"],
     )?;
-    stage
-        .a
-        .sh("pkill socat; runc delete --force odd; umount /srv/containers/odd/rootfs; rm -rf /srv/containers/odd")?;
+    stage.a.sh(&format!(
+        "pkill socat; {}; umount /srv/containers/odd/rootfs; rm -rf /srv/containers/odd",
+        delete("odd")
+    ))?;
 
     // A device.
     let mut spec = ContainerSpec::new("odd", address, &["sh", "-c", "mknod /tun c 10 229; exec sleep 1000000 < /tun"]);
@@ -129,9 +131,9 @@ fn unsaveable(lab: &Lab) -> Result<()> {
         config["linux"]["resources"]["devices"] = json!([{ "allow": true, "access": "rwm" }]);
     });
     spec.start(stage.a)?;
-    stage.a.sh("for i in $(seq 100); do pgrep -f 'sleep 1000000' >/dev/null && exit 0; sleep 0.02; done; exit 1")?;
+    stage.a.sh("for i in $(seq 500); do for pid in $(runc ps --format json odd | tr -d '[]' | tr ',' ' '); do [ \"$(readlink /proc/$pid/fd/0)\" = /tun ] && exit 0; done; sleep 0.02; done; exit 1")?;
     refused(&migrate(stage.a, &to)?, &["device"])?;
-    stage.a.sh("runc delete --force odd; umount /srv/containers/odd/rootfs; rm -rf /srv/containers/odd")?;
+    stage.a.sh(&format!("{}; umount /srv/containers/odd/rootfs; rm -rf /srv/containers/odd", delete("odd")))?;
 
     // A session from outside, and a paused container.
     let mut spec = ContainerSpec::new("odd", address, &["sleep", "1000000"]);

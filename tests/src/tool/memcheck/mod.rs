@@ -25,7 +25,7 @@ use super::pace::TICK;
 use super::{report, sys};
 
 /// Verifying a GiB takes half a second on one core; a loaded machine needs a multiple.
-const VERIFY_TIMEOUT: Duration = Duration::from_secs(8);
+const VERIFY_TIMEOUT: Duration = Duration::from_secs(50);
 
 #[derive(Subcommand)]
 pub(crate) enum Command {

@@ -34,9 +34,10 @@ const STABLE: [&str; 17] = [
     "VmLck",
 ];
 
-/// The lines of the calling thread's status that must not change.
+/// The lines of the first thread's status that must not change. Not of the calling thread's, though it is the same: CRIU restores no
+/// descriptor of a file below `/proc/<pid>/task`, and the freeze may come while it is open.
 fn stable_status() -> anyhow::Result<Vec<String>> {
-    let status = fs::read_to_string("/proc/thread-self/status")?;
+    let status = fs::read_to_string("/proc/self/status")?;
     let is_stable = |line: &&str| line.split_once(':').is_some_and(|(key, _)| STABLE.contains(&key));
     Ok(status.lines().filter(is_stable).map(str::to_owned).collect())
 }

@@ -24,7 +24,7 @@ const UNREAD: usize = 4096;
 /// Messages of different lengths, so that lost boundaries show.
 const MESSAGES: [usize; 3] = [8, 1000, 64];
 /// A local peer answers in microseconds.
-const ANSWER_TIMEOUT: Duration = Duration::from_millis(500);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A pair of stream sockets with unread data in both directions, and one direction shut down afterwards.
 pub(super) fn stream_pair() -> anyhow::Result<impl FnMut() -> anyhow::Result<()>> {
@@ -152,7 +152,8 @@ fn answer(peer: &mut UnixStream) -> std::io::Result<()> {
     }
 }
 
-/// The client's half: one connection that lasts, and a new one each time.
+/// The client's half: one connection that lasts, and now and then a new one: each is in the backlog for a moment, in which CRIU can't
+/// save it.
 pub(super) fn named_client(dir: &Path) -> anyhow::Result<impl FnMut() -> anyhow::Result<()> + use<>> {
     let path = dir.join(NAMED);
     let mut lasting = UnixStream::connect(&path)?;
@@ -161,6 +162,9 @@ pub(super) fn named_client(dir: &Path) -> anyhow::Result<impl FnMut() -> anyhow:
     Ok(move || {
         round = round.wrapping_add(1);
         question(&mut lasting, round).context("the lasting connection")?;
+        if !round.is_multiple_of(32) {
+            return Ok(());
+        }
         let mut fresh = UnixStream::connect(&path).context("connect anew")?;
         fresh.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         question(&mut fresh, round).context("the new connection")

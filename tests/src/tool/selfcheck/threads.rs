@@ -18,7 +18,7 @@ use crate::tool::sys::{process, signal};
 /// How many threads there are besides the main one and the one with the registers.
 const THREADS: u64 = 4;
 /// A thread answers in microseconds.
-const ANSWER_TIMEOUT: Duration = Duration::from_millis(500);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the registers hold their pattern at a time: long, so that a freeze comes within.
 const HOLD_NANOSECONDS: i64 = 20_000_000;
 

@@ -12,7 +12,7 @@ use super::suite::Suite;
 use crate::tool::sys::process;
 
 /// A child's suite takes milliseconds; the whole check must be done within 2 s.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Setting up may write some MiB to files.
 const READY_TIMEOUT: Duration = Duration::from_secs(20);
 /// The largest answer: dozens of failure lines.
