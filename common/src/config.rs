@@ -58,6 +58,9 @@ pub struct SourceConfig {
     /// How long a destination may be silent while the container is frozen for it, in milliseconds. It speaks every 50 ms; then
     /// the container goes on here.
     pub frozen_silence_ms: u64,
+    /// Whether the kernel counts, during a move, where large files change: what has to be read while a database is frozen is little then.
+    /// Everything on the host that makes pages of files dirty, or gives them back, takes a little longer meanwhile.
+    pub count_file_changes: bool,
 }
 
 impl Default for SourceConfig {
@@ -70,6 +73,7 @@ impl Default for SourceConfig {
             socket: None,
             tracker: TrackerChoice::Auto,
             frozen_silence_ms: 200,
+            count_file_changes: false,
         }
     }
 }

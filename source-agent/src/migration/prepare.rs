@@ -1,11 +1,11 @@
 //! From the first word to the destination until both runtimes wait: the container runs all the time.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use longhaul_common::cgroup::Freezer;
-use longhaul_common::config::TrackerChoice;
+use longhaul_common::config::{SourceConfig, TrackerChoice};
 use longhaul_common::criu::rpc;
 use longhaul_common::description::Network;
 use longhaul_common::net::{Netns, neighbours};
@@ -64,9 +64,12 @@ impl Negotiated {
 /// How long it may take to find out whether files can be watched, on a disk that is busy.
 const WATCH_WITHIN: Duration = Duration::from_secs(1);
 
-/// Counts what changes in files from now on; nothing where that can't be done.
-async fn watch_files(state: &Path) -> Option<Arc<FileWatch>> {
-    let state = state.to_owned();
+/// Counts what changes in files from now on; nothing where that can't be done, or is not wanted.
+async fn watch_files(config: &SourceConfig) -> Option<Arc<FileWatch>> {
+    if !config.count_file_changes {
+        return None;
+    }
+    let state = config.paths.state.clone();
     let begun = tokio::task::spawn_blocking(move || FileWatch::begin(&state));
     match tokio::time::timeout(WATCH_WITHIN, begun).await {
         Ok(begun) => begun.ok().flatten().map(Arc::new),
@@ -89,7 +92,7 @@ pub(super) struct Accepted {
 
 impl Accepted {
     pub(super) async fn prepare(self, trip: &Trip) -> Result<Prepared, MigrationError> {
-        let (prepared, watch) = tokio::join!(self.session.prepare(), watch_files(&trip.env.config.paths.state));
+        let (prepared, watch) = tokio::join!(self.session.prepare(), watch_files(&trip.env.config));
         prepared?;
         std::fs::create_dir_all(images_dir(&trip.dir))
             .map_err(|source| InspectError::File { path: trip.dir.clone(), source })?;
