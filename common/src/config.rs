@@ -59,7 +59,7 @@ pub struct SourceConfig {
     /// the container goes on here.
     pub frozen_silence_ms: u64,
     /// Whether the kernel counts, during a move, where large files change: what has to be read while a database is frozen is little then.
-    /// Everything on the host that makes pages of files dirty, or gives them back, takes a little longer meanwhile.
+    /// Everything on the host that makes pages of files dirty, or gives them back, takes a little longer meanwhile: too little to be measured.
     pub count_file_changes: bool,
 }
 
@@ -73,7 +73,7 @@ impl Default for SourceConfig {
             socket: None,
             tracker: TrackerChoice::Auto,
             frozen_silence_ms: 200,
-            count_file_changes: false,
+            count_file_changes: true,
         }
     }
 }
