@@ -50,7 +50,8 @@
 //! `getdents`; extended attributes are read only when `ctime` moved, which every change to them does. One
 //! descriptor is open at a time however deep the tree. A file over [`PATCH_FROM`] is remembered as one hash
 //! per [`BLOCK`] and sends only the blocks that differ. Where they are is found by reading all of it, or, with a [`Watch`], only
-//! what may have changed.
+//! what may have changed. That holds under another name, too: a database that recycles its log renames files of half a gigabyte at once. One
+//! that has left a directory that was looked at before goes as a new one.
 //!
 //! # Trust
 //!

@@ -35,6 +35,8 @@ pub struct Scanner {
     pub(super) root_known: Option<Known>,
     /// What the destination has, by directory and name.
     pub(super) dirs: HashMap<Vec<u8>, Children>,
+    /// Where files are that are remembered by blocks. Some are not there any more.
+    pub(super) large: HashMap<Inode, Vec<u8>>,
     pub(super) budget: HashBudget,
     pub(super) suspects: HashSet<Inode>,
     pub(super) pass: u32,
@@ -124,6 +126,7 @@ impl Scanner {
             excludes,
             root_known: None,
             dirs: HashMap::new(),
+            large: HashMap::new(),
             budget: HashBudget::default(),
             suspects: HashSet::new(),
             pass: 0,
@@ -290,6 +293,15 @@ impl Scanner {
             pass.todo.push(join(&dir.path, name.to_bytes()));
         }
         Ok(())
+    }
+
+    /// Where the destination has a large file that is found at another path now: forgotten there, since it has but one name.
+    pub(super) fn take_renamed(&mut self, dir: &mut OpenDir, inode: Inode) -> Option<(Vec<u8>, Known)> {
+        let path = self.large.get(&inode)?;
+        let (parent, name) = split(path);
+        let children = if parent == dir.path { &mut dir.children } else { self.dirs.get_mut(parent)? };
+        children.get(name).filter(|known| known.stamp.inode == inode && known.blocks.is_some())?;
+        children.remove(name).map(|known| (path.clone(), known))
     }
 
     /// Forgets a directory and all beneath it.

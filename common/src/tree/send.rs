@@ -60,9 +60,22 @@ impl Scanner {
                         dir.children.insert(name.to_bytes().into(), known);
                         return Ok(());
                     }
-                    let before = before.filter(|before| before.stamp.inode == inode);
-                    let old = before.and_then(|before| before.blocks.clone());
+                    let mut old = before.filter(|before| before.stamp.inode == inode).cloned();
+                    if old.is_none()
+                        && known.stamp.links == 1
+                        && let Some((from, renamed)) = self.take_renamed(dir, inode)
+                    {
+                        let kind = EntryKind::Hardlink { target: from.clone() };
+                        self.send_entry(path.clone(), kind, node.as_fd(), &status, pass)?;
+                        (pass.sink)(TreeItem::Removed { path: from })?;
+                        pass.stats.removed += 1;
+                        old = Some(renamed);
+                    }
+                    let old = old.and_then(|old| old.blocks);
                     (known.blocks, known.sum) = self.send_file(&path, node.as_fd(), &status, old.as_deref(), pass)?;
+                    if known.blocks.is_some() {
+                        self.large.insert(inode, path.clone());
+                    }
                     if !known.blocks.as_ref().is_some_and(|blocks| blocks.is_watched()) {
                         pass.count_unsettled(&known);
                     }
@@ -171,6 +184,9 @@ impl Scanner {
             let path = join(&dir.path, &name);
             if known.is_dir {
                 self.forget(path.clone());
+            }
+            if self.large.get(&known.stamp.inode) == Some(&path) {
+                self.large.remove(&known.stamp.inode);
             }
             (pass.sink)(TreeItem::Removed { path })?;
             pass.stats.removed += 1;
