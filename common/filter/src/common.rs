@@ -15,8 +15,9 @@
 //! pages 7f0000000000 4711 100           gone 7f0000001000 7f0000003000
 //! ```
 //!
-//! An `area` of the second is one of the task's, with its protection; `c` if it may have such pages. What is not as the file says (another CRIU)
-//! is left as CRIU made it, without pages from anywhere but the images.
+//! An `area` of the second is one of the task's, with its protection; `c` if such pages may take its place, `f` if it is a file's, privately mapped:
+//! then they are written over the file's own. What is not as the file says (another CRIU) is left as CRIU made it, without pages from anywhere
+//! but the images. Of a file's area nobody relies on what was written: the agent looks at it afterwards.
 
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::fs::{self, File};
@@ -56,7 +57,18 @@ struct Piece {
 struct Area {
     range: Range<usize>,
     protection: c_int,
-    may_have: bool,
+    kind: Kind,
+}
+
+/// What may be done with an area.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Pages take its place.
+    Anonymous,
+    /// Pages are written into it.
+    File,
+    /// Nothing.
+    Other,
 }
 
 /// A task that maps its areas, one after the other.
@@ -74,10 +86,12 @@ struct Task {
 #[derive(Debug, Default)]
 struct State {
     pieces: Vec<Piece>,
+    /// Which pages there are, in order.
+    runs: Vec<Range<usize>>,
     task: Option<Task>,
 }
 
-static STATE: Mutex<State> = Mutex::new(State { pieces: Vec::new(), task: None });
+static STATE: Mutex<State> = Mutex::new(State { pieces: Vec::new(), runs: Vec::new(), task: None });
 /// There were pieces once: a task's parent may have had some.
 static HAD: AtomicBool = AtomicBool::new(false);
 
@@ -94,9 +108,10 @@ pub(crate) fn take_in() {
         unsafe { std::env::remove_var(STORE) };
         let store = Path::new(&store);
         let said = match read_in(store) {
-            Ok(pieces) => {
+            Ok((pieces, runs)) => {
                 HAD.store(true, Ordering::Relaxed);
-                state().pieces = pieces;
+                let mut state = state();
+                (state.pieces, state.runs) = (pieces, runs);
                 "ok".to_owned()
             }
             Err(error) => error,
@@ -105,13 +120,13 @@ pub(crate) fn take_in() {
     });
 }
 
-fn read_in(store: &Path) -> Result<Vec<Piece>, String> {
+fn read_in(store: &Path) -> Result<(Vec<Piece>, Vec<Range<usize>>), String> {
     let failed = |what: &str, error: std::io::Error| format!("{what}: {error}");
     let table = fs::read_to_string(store.join(TABLE)).map_err(|error| failed(TABLE, error))?;
     let slots = File::open(store.join(SLOTS)).map_err(|error| failed(SLOTS, error))?;
     // A huge page would bring others with it.
     super::keep_pages_small();
-    let mut pieces: Vec<Piece> = Vec::new();
+    let (mut pieces, mut runs): (Vec<Piece>, Vec<Range<usize>>) = (Vec::new(), Vec::new());
     let read = || {
         for line in table.lines() {
             let words = line.split(' ').collect::<Vec<_>>();
@@ -131,6 +146,7 @@ fn read_in(store: &Path) -> Result<Vec<Piece>, String> {
                     let content = unsafe { std::slice::from_raw_parts_mut(place, length) };
                     let offset = (number(slot)? * PAGE) as u64;
                     slots.read_exact_at(content, offset).map_err(|error| failed(line, error))?;
+                    runs.push(address..address + length);
                 }
                 _ => return Err(format!("{line}: not understood")),
             }
@@ -138,7 +154,7 @@ fn read_in(store: &Path) -> Result<Vec<Piece>, String> {
         Ok(())
     };
     match { read }() {
-        Ok(()) => Ok(pieces),
+        Ok(()) => Ok((pieces, runs)),
         Err(error) => {
             for Piece { range, place } in pieces {
                 // SAFETY: nobody else knows it.
@@ -205,7 +221,11 @@ fn read_task(dir: c_int, task: &str) -> Option<(Vec<Area>, Vec<Range<usize>>)> {
             ["area", start, end, protection, rest @ ..] => areas.push(Area {
                 range: number(start).ok()?..number(end).ok()?,
                 protection: number(protection).ok()? as c_int,
-                may_have: rest == ["c"],
+                kind: match rest {
+                    ["c"] => Kind::Anonymous,
+                    ["f"] => Kind::File,
+                    _ => Kind::Other,
+                },
             }),
             ["gone", start, end] => gone.push(number(start).ok()?..number(end).ok()?),
             _ => return None,
@@ -230,12 +250,18 @@ impl Task {
 
     /// Gives up what is not the task's of an area that is at a place now.
     fn give_up(&self, area: &Area, place: usize) {
-        let first = self.gone.partition_point(|gone| gone.end <= area.range.start);
-        for gone in self.gone[first..].iter().take_while(|gone| gone.start < area.range.end) {
-            let (start, end) = (gone.start.max(area.range.start), gone.end.min(area.range.end));
-            discard(place + start - area.range.start, end - start);
+        for gone in parts_within(&self.gone, &area.range) {
+            discard(place + gone.start - area.range.start, gone.len());
         }
     }
+}
+
+/// What of ranges, which are in order, lies within another.
+fn parts_within(ranges: &[Range<usize>], within: &Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let first = ranges.partition_point(|range| range.end <= within.start);
+    let (start, end) = (within.start, within.end);
+    let inside = ranges[first..].iter().take_while(move |range| range.start < end);
+    inside.map(move |range| range.start.max(start)..range.end.min(end))
 }
 
 /// What must not stay.
@@ -249,10 +275,17 @@ fn discard(place: usize, length: usize) {
 /// CRIU has mapped an area at a place of its choice. False if that is gone now.
 pub(crate) fn mapped(place: usize, length: usize, protection: c_int) -> bool {
     let mut state = state();
-    let State { pieces, task: current, .. } = &mut *state;
+    let State { pieces, runs, task: current } = &mut *state;
     let Some(task) = current.as_mut().filter(|task| task.expects(place)) else { return true };
     let Some(area) = task.mapped(place, length) else { return true };
-    if !area.may_have || protection != area.protection | libc::PROT_WRITE {
+    if area.kind == Kind::Other || protection != area.protection | libc::PROT_WRITE {
+        return true;
+    }
+    if area.kind == Kind::File {
+        for pages in parts_within(runs, &area.range) {
+            write_over(pieces, &pages, place + pages.start - area.range.start);
+        }
+        task.give_up(&area, place);
         return true;
     }
     let Some(index) = pieces.iter().position(|piece| holds(&piece.range, &area.range)) else { return true };
@@ -274,6 +307,17 @@ pub(crate) fn mapped(place: usize, length: usize, protection: c_int) -> bool {
     }
     task.give_up(&area, place);
     true
+}
+
+/// Writes pages over those of a file that is mapped at a place. By the kernel: a page beyond the file's end would be the end of CRIU.
+fn write_over(pieces: &[Piece], pages: &Range<usize>, place: usize) {
+    // One that an area was made of is not there any more.
+    let Some(piece) = pieces.iter().find(|piece| holds(&piece.range, pages)) else { return };
+    let from =
+        libc::iovec { iov_base: (piece.place + pages.start - piece.range.start) as *mut c_void, iov_len: pages.len() };
+    let to = libc::iovec { iov_base: place as *mut c_void, iov_len: pages.len() };
+    // SAFETY: both are mapped, as long as the kernel finds them to be; the place is an area that nobody has used yet.
+    unsafe { libc::process_vm_writev(libc::getpid(), &raw const from, 1, &raw const to, 1, 0) };
 }
 
 /// CRIU has moved to a place what a task has from its parent.

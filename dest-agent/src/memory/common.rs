@@ -171,10 +171,16 @@ impl VmaEntry {
         is_private && !has(status::GUARD | status::PLUGIN) && self.flags & nix::libc::MAP_HUGETLB as u32 == 0
     }
 
-    /// Whether an area like any other may stand in for it.
-    fn may_have(&self) -> bool {
-        let plain = (nix::libc::MAP_PRIVATE | nix::libc::MAP_ANONYMOUS) as u32;
-        self.status & status::ANON_PRIVATE != 0 && self.flags == plain
+    /// What the library is told of it: whether an area like any other may stand in for it (`c`), or it can be written over (`f`).
+    fn mark(&self) -> &'static str {
+        let private = nix::libc::MAP_PRIVATE as u32;
+        if self.status & status::ANON_PRIVATE != 0 && self.flags == private | nix::libc::MAP_ANONYMOUS as u32 {
+            " c"
+        } else if self.status & status::FILE_PRIVATE != 0 && self.flags == private {
+            " f"
+        } else {
+            ""
+        }
     }
 }
 
@@ -200,8 +206,7 @@ pub fn write_tasks(images: &Path, not_common: &NotCommon) -> Result<(), CommonEr
 fn task(mm: &MmEntry, gone: &[Range<u64>]) -> String {
     let mut text = String::new();
     for vma in mm.vmas.iter().filter(|vma| vma.is_mapped_before()) {
-        let may_have = if vma.may_have() { " c" } else { "" };
-        let _ = writeln!(text, "area {:x} {:x} {:x}{may_have}", vma.start, vma.end, vma.protection);
+        let _ = writeln!(text, "area {:x} {:x} {:x}{}", vma.start, vma.end, vma.protection, vma.mark());
     }
     for gone in gone {
         let _ = writeln!(text, "gone {:x} {:x}", gone.start * PAGE, gone.end * PAGE);
@@ -244,6 +249,6 @@ mod tests {
             vma(0x5000, nix::libc::MAP_SHARED, status::REGULAR),
         ];
         let text = task(&MmEntry { vmas }, &[2..3]);
-        assert_eq!(text, "area 1000 2000 3 c\narea 2000 3000 3\narea 4000 5000 3\ngone 2000 3000\n");
+        assert_eq!(text, "area 1000 2000 3 c\narea 2000 3000 3 f\narea 4000 5000 3\ngone 2000 3000\n");
     }
 }

@@ -228,10 +228,17 @@ impl Shared {
             pages += store.write_index(*due, *space, ranges)?;
         }
         store.write_owed()?;
-        // What is due at once is put in place whether something is there or not.
-        let later = self.content.iter().filter(|((space, due), _)| *space < OBJECTS && *due == Due::Later);
-        let not_common = later.map(|((space, _), content)| (*space, store.not_common(*space, content)));
-        let not_common = store.has_common().then(|| not_common.collect());
+        let not_common = store.has_common().then(|| {
+            let mut content: HashMap<u32, Vec<Range<u64>>> = HashMap::new();
+            for ((space, _), ranges) in self.content.iter().filter(|((space, _), _)| *space < OBJECTS) {
+                content.entry(*space).or_default().extend(ranges.iter().cloned());
+            }
+            let of_space = |(space, mut content): (u32, Vec<Range<u64>>)| {
+                content.sort_unstable_by_key(|range| range.start);
+                (space, store.not_common(space, &content))
+            };
+            content.into_iter().map(of_space).collect()
+        });
         Ok(Arrived { pages, not_common })
     }
 

@@ -485,15 +485,9 @@ impl PageStore {
         let path = Index::path(&self.dir, due, space);
         let wrap = |source| StoreError::File { operation: "write", path: path.clone(), source };
         let tables = self.spaces.get(&space);
-        if space >= OBJECTS {
-            // In place: nobody looks for them.
-            let mut pages = content.iter().cloned().flatten();
-            let missing = pages.find(|page| self.get(space, *page).is_none());
-            let count = content.iter().map(|range| range.end - range.start).sum();
-            return missing.map_or(Ok(count), |page| Err(StoreError::Missing { page, space }));
-        }
+        // Memory that tasks share is in place: nobody looks for it.
+        let mut index = (space < OBJECTS).then(|| IndexWriter::begin(content));
         // A gigabyte has a quarter of a million pages, and the container is frozen: one pass, one allocation.
-        let mut index = IndexWriter::begin(content);
         for range in content {
             let mut page = range.start;
             while page < range.end {
@@ -505,13 +499,18 @@ impl PageStore {
                     if slot == NONE {
                         return Err(StoreError::Missing { page, space });
                     }
-                    let shared = self.uses.get(slot as usize).is_some_and(|uses| *uses > 1);
-                    index.push(if shared { slot | SHARED } else { slot });
+                    if let Some(index) = &mut index {
+                        let shared = self.uses.get(slot as usize).is_some_and(|uses| *uses > 1);
+                        index.push(if shared { slot | SHARED } else { slot });
+                    }
                 }
                 page = end;
             }
         }
-        index.write(&path).map_err(wrap)
+        match index {
+            Some(index) => index.write(&path).map_err(wrap),
+            None => Ok(content.iter().map(|range| range.end - range.start).sum()),
+        }
     }
 
     /// The content of a page.

@@ -9,12 +9,13 @@ use longhaul_common::host::CriuVersion;
 use longhaul_common::sys::memory::PAGE;
 
 use super::maps::{Area, early_pages, intersection, union};
+use super::several::of_each;
 use super::tracker::Looked;
 
 /// The environment variable that names the table.
 const VARIABLE: &str = "LONGHAUL_FILTER";
 /// The first line of the table and of the answer.
-const VERSION: &str = "longhaul-filter 2";
+const VERSION: &str = "longhaul-filter 3";
 
 /// Whether it is known what a CRIU wants of smaps: `parse_smaps` of 4.2 takes the first line of each area, and its flags. One that
 /// wants more must not be given less.
@@ -24,6 +25,8 @@ pub fn knows_smaps_of(criu: CriuVersion) -> bool {
 
 /// The first word of lines about shared memory.
 const OBJECT: &str = "object";
+/// How the first word of lines about its mappings begins.
+const MAPPING: &str = "shared-";
 
 /// The table's file.
 pub fn table_path(dir: &Path) -> PathBuf {
@@ -58,11 +61,16 @@ pub fn write_table(dir: &Path, looked: &Looked) -> io::Result<Vec<Hidden>> {
         // Writing to a string can't fail.
         let _ = writeln!(text, "{OBJECT} {:x} {:x}", object.device, object.inode);
     }
-    for task in &looked.tasks {
-        let areas = without_pages(&task.followed, &early_pages(task.pid)?);
+    let early = of_each(&looked.tasks, |task| early_pages(task.pid))?;
+    for (task, early) in looked.tasks.iter().zip(early) {
+        let areas = without_pages(&task.followed, &early);
         for range in &areas {
             // Writing to a string can't fail.
             let _ = writeln!(text, "{} {:x} {:x}", task.pid, range.start, range.end);
+        }
+        for mapping in task.shared.iter().filter(|mapping| looked.leaves_out(mapping)) {
+            // Writing to a string can't fail.
+            let _ = writeln!(text, "{MAPPING}{} {:x} {:x}", task.pid, mapping.start, mapping.end);
         }
         all.push(Hidden { pid: task.pid, areas, content: [task.later.clone(), task.at_once.clone()] });
     }
@@ -203,12 +211,12 @@ mod tests {
         let told_file = dir.path().join("filter.told");
         std::fs::write(
             &told_file,
-            "longhaul-filter 2\n5 1000 3000\nsmaps 5\n6 0 1000\nlonghaul-filter 2\nobject 1 ff\n5 2000 8000\nobject 1 ff\n",
+            "longhaul-filter 3\n5 1000 3000\nsmaps 5\n6 0 1000\nlonghaul-filter 3\nobject 1 ff\n5 2000 8000\nobject 1 ff\n",
         )
         .expect("writes");
         let said = Said::read(dir.path());
         assert_eq!((told(&hidden), said.smaps, said.objects), (Told::Everything, 1, vec![0xff]));
-        std::fs::write(&told_file, "longhaul-filter 2\n5 1000 3000\n").expect("writes");
+        std::fs::write(&told_file, "longhaul-filter 3\n5 1000 3000\n").expect("writes");
         assert_eq!(told(&hidden), Told::Part { pid: 5, told: 2, expected: 4 });
     }
 }

@@ -305,9 +305,10 @@ mod tests {
 
     #[test]
     fn a_sleeping_process_goes_on_as_if_nothing_had_happened() {
+        // First: the child may sleep before this goes on.
+        let before = Instant::now();
         let mut child = std::process::Command::new("sleep").arg("3").spawn().expect("starts");
         let pid = child.id().cast_signed();
-        let before = Instant::now();
         // Asleep, and not on its way through exec, where it has no vDSO.
         let is_asleep = || {
             std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains("(sleep) S"))

@@ -17,6 +17,7 @@ pub mod predict;
 pub mod pump;
 mod sent;
 pub mod serve;
+mod several;
 pub mod shared;
 pub mod soft_dirty;
 pub mod throttle;

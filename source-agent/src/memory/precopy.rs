@@ -20,6 +20,7 @@ use super::maps::{Area, difference, intersection};
 use super::predict::{Limits, Next, Outlook, Race, decide, is_lost};
 use super::pump::{PumpError, Pumped, Tasks};
 use super::serve::Sources;
+use super::several::of_each;
 use super::throttle::{ThrottleReport, Throttling};
 use super::tracker::{Frozen, Looked, Origin, SpacePages, TrackError, Tracker};
 use crate::options::PostCopy;
@@ -447,10 +448,9 @@ impl Precopy {
         let looked = tokio::task::spawn_blocking(move || {
             let looked = lock(&tracker).look_frozen(&tasks)?;
             if replaces_smaps {
-                for &pid in &tasks {
-                    let summary = flags::summary(pid);
-                    summary.map_or(Ok(()), |text| filter::write_smaps(&dir, pid, &text)).map_err(MemoryError::Table)?;
-                }
+                let write =
+                    |pid: &i32| flags::summary(*pid).map_or(Ok(()), |text| filter::write_smaps(&dir, *pid, &text));
+                of_each(&tasks, write).map_err(MemoryError::Table)?;
             }
             let hidden = filter::write_table(&dir, &looked).map_err(MemoryError::Table)?;
             Ok::<_, MemoryError>(LastRound { looked, hidden })

@@ -2,13 +2,13 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use longhaul_common::sys::memory::{Scan, scan_content_and_written, scan_shared};
 use nix::libc;
 
 use super::super::flags::{self, Mark, marks};
-use super::super::maps::{Area, Areas, Private, Shared, status_bytes};
+use super::super::maps::{Area, Areas, Device, OpenFiles, Private, Shared, status_bytes};
+use super::super::several::of_each;
 use super::super::shared::SharedMemory;
 use super::{Access, Frozen, Space, TrackError, backing, look, lose};
 
@@ -29,15 +29,41 @@ pub(super) struct Found {
     pub(super) shared: Vec<Option<Vec<Area>>>,
 }
 
-/// Sees what a task has now.
-pub(super) fn begin_look(space: &mut Space, pid: i32, memory: &mut SharedMemory) -> io::Result<Look> {
-    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
-    // What is locked changes without a trace in the areas themselves.
-    if flags::are_cheap() || status_bytes(pid, "VmLck") > 0 || space.marks.iter().any(|(_, mark)| *mark == Mark::AtOnce)
-    {
-        space.marks = marks(pid)?;
+/// What a task has open and maps.
+pub(super) struct View {
+    pub(super) files: OpenFiles,
+    /// Of one that is followed, and may be.
+    pub(super) seen: Option<Seen>,
+}
+
+/// What a task maps.
+pub(super) struct Seen {
+    pagemap: File,
+    areas: Areas,
+    /// Those that are special, if that had to be looked at again.
+    marks: Option<Vec<(Area, Mark)>>,
+}
+
+impl View {
+    /// Sees what a task has now; `device` is that of shared memory.
+    pub(super) fn of(pid: i32, space: Option<&Space>, device: &Device) -> io::Result<Self> {
+        let files = OpenFiles::of(pid);
+        let Some(space) = space.filter(|_| !files.has_direct_io) else { return Ok(Self { files, seen: None }) };
+        let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+        // What is locked changes without a trace in the areas themselves.
+        let has_special = || space.marks.iter().any(|(_, mark)| *mark == Mark::AtOnce);
+        let looks_again = flags::are_cheap() || status_bytes(pid, "VmLck") > 0 || has_special();
+        let marks = looks_again.then(|| marks(pid)).transpose()?;
+        Ok(Self { files, seen: Some(Seen { pagemap, areas: Areas::of(pid, device)?, marks }) })
     }
-    let areas = Areas::of(pid, memory.device())?;
+}
+
+/// Brings together what a task maps and what is known of it.
+pub(super) fn begin_look(space: &mut Space, pid: i32, seen: Seen, memory: &mut SharedMemory) -> Look {
+    let Seen { pagemap, areas, marks } = seen;
+    if let Some(marks) = marks {
+        space.marks = marks;
+    }
     let mut shared = Vec::new();
     for area in areas.shared {
         let Some(content) = memory.meet(pid, &area, true) else { continue };
@@ -49,37 +75,18 @@ pub(super) fn begin_look(space: &mut Space, pid: i32, memory: &mut SharedMemory)
         }
     }
     lose(memory, space);
-    Ok(Look { pid, pagemap, private: areas.private, shared })
+    Look { pid, pagemap, private: areas.private, shared }
 }
 
 /// Looks at several tasks at a time: each of many may map all of the memory that they share, and nothing else has to be done yet.
 pub(super) fn look_at_all(looks: &[(Look, &Space)]) -> Result<Vec<Found>, TrackError> {
-    let workers = std::thread::available_parallelism().map_or(1, |count| count.get()).min(looks.len());
-    let next = AtomicUsize::new(0);
-    let work = || {
-        let mut found = Vec::new();
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some((look, space)) = looks.get(index) else { return Ok::<_, TrackError>(found) };
-            let one = look.at(space).map_err(|source| TrackError::Look { pid: look.pid, source })?;
-            found.push((index, one));
-        }
-    };
-    let mut found = std::thread::scope(|scope| {
-        let others: Vec<_> = (1..workers).map(|_| scope.spawn(work)).collect();
-        let mut found = work()?;
-        for other in others {
-            found.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
-        }
-        Ok::<_, TrackError>(found)
-    })?;
-    found.sort_unstable_by_key(|(index, _)| *index);
-    Ok(found.into_iter().map(|(_, found)| found).collect())
+    of_each(looks, |(look, space)| look.at(space).map_err(|source| TrackError::Look { pid: look.pid, source }))
 }
 
 impl Look {
     fn at(&self, space: &Space) -> io::Result<Found> {
-        let mut frozen = Frozen { pid: self.pid, space: space.number, ..Frozen::default() };
+        let mappings = self.shared.iter().map(|(area, _)| area.clone()).collect();
+        let mut frozen = Frozen { pid: self.pid, space: space.number, shared: mappings, ..Frozen::default() };
         let shared = self.shared.iter().map(|(_, content)| self.written_in(content)).collect::<io::Result<_>>()?;
         for private in &self.private {
             let at_once = private.is_file || space.mark(&private.area).is_some();
