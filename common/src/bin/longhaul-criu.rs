@@ -26,6 +26,11 @@ const RECONNECT_EVERY: Duration = Duration::from_millis(50);
 /// How long an agent may be away before CRIU was given its request: until then nothing has changed.
 const GIVE_UP_BEFORE_GO: Duration = Duration::from_secs(10);
 
+/// The priority of the hold and of CRIU: the container stands still meanwhile, and waits for nothing else as long. What is sent beside CRIU's dump
+/// is done before it in any case. CRIU gives tasks that it restores the priority that they had (`restore_sched_info` in
+/// criu/pie/restorer.c, 4.2).
+const FIRST: i32 = -20;
+
 fn main() -> ExitCode {
     let words: Vec<std::ffi::OsString> = std::env::args_os().collect();
     match words.first().and_then(|name| Path::new(name).file_name()).and_then(OsStr::to_str) {
@@ -42,6 +47,9 @@ fn main() -> ExitCode {
         eprintln!("longhaul-criu: can't run {}: {error}", criu.display());
         return ExitCode::from(127);
     };
+    if let Err(error) = rustix::process::setpriority_process(None, FIRST) {
+        eprintln!("longhaul-criu: CRIU waits for processors like everybody: {error}");
+    }
     // SAFETY: the runtime passed this descriptor for us alone, by its number on the command line.
     let runtime = Rpc(unsafe { OwnedFd::from_raw_fd(fd) });
     match serve(&runtime, &criu, &socket) {

@@ -15,8 +15,9 @@ use std::path::{Component, Path, PathBuf};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use tar::{Archive, Builder, EntryType, Header};
 
-/// The most bytes of files taken: more is tar's work, which knows holes and streams.
-const MOST_BYTES: u64 = 1 << 20;
+/// The most bytes of files taken: more is tar's work, which knows holes and streams. Larger than what a memory filesystem may have before
+/// it is copied in passes (`MUCH` in source-agent/src/inspect/tmpfs.rs): files have holes.
+const MOST_BYTES: u64 = 4 << 20;
 /// The most entries.
 const MOST_ENTRIES: usize = 2000;
 
