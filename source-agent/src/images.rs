@@ -117,7 +117,8 @@ impl ImageSender {
         self.send(Message::End(ImageEnd { files: self.sent.files }))?;
         let (sent, inotify) = (self.sent, self.inotify);
         // The kernel takes its marks away after a grace period (fsnotify_wait_marks_destroyed): 15 to 20 ms of downtime for nothing.
-        std::thread::spawn(move || drop(inotify));
+        // Where there is no thread to be had, it is dropped here.
+        let _ = std::thread::Builder::new().spawn(move || drop(inotify));
         Ok(sent)
     }
 

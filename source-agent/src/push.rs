@@ -107,6 +107,9 @@ impl Trees {
             }
             let excludes = only.as_ref().map(|only| siblings(&root, only)).unwrap_or_default();
             let mut scanner = Scanner::new(&root, kind, excludes)?;
+            if only.is_some() {
+                scanner.ignores_renames();
+            }
             if let Some(watch) = watch.filter(|_| !once) {
                 scanner.watched_by(watch.clone());
             }

@@ -27,7 +27,7 @@ fn what_is_written_during_passes_is_found() {
     let mut scanner = Scanner::new(&from, TreeKind::Plain, Vec::new()).expect("opens");
     scanner.watched_by(Arc::new(watch));
     let mut writer = Writer::open(&to, TreeKind::Plain).expect("opens");
-    for turn in 0..60_u64 {
+    for turn in 0..30_u64 {
         let ended = AtomicBool::new(false);
         let mut items = Vec::new();
         std::thread::scope(|scope| {

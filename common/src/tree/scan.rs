@@ -37,6 +37,7 @@ pub struct Scanner {
     pub(super) dirs: HashMap<Vec<u8>, Children>,
     /// Where files are that are remembered by blocks. Some are not there any more.
     pub(super) large: HashMap<Inode, Vec<u8>>,
+    follows_renames: bool,
     pub(super) budget: HashBudget,
     pub(super) suspects: HashSet<Inode>,
     pub(super) pass: u32,
@@ -127,6 +128,7 @@ impl Scanner {
             root_known: None,
             dirs: HashMap::new(),
             large: HashMap::new(),
+            follows_renames: true,
             budget: HashBudget::default(),
             suspects: HashSet::new(),
             pass: 0,
@@ -137,6 +139,11 @@ impl Scanner {
     /// Has large files that changed be read only where they may have, if this filesystem can be watched. Before the first pass.
     pub fn watched_by(&mut self, watch: Arc<dyn Watch>) {
         self.watch = can_be_watched(&self.root).then_some(watch);
+    }
+
+    /// Sends a file that was renamed as a new one: for a sink that does not pass everything on. Before the first pass.
+    pub fn ignores_renames(&mut self) {
+        self.follows_renames = false;
     }
 
     /// Sends everything that is new or changed since the last pass; the first pass sends all. The tree may be in use.
@@ -297,10 +304,13 @@ impl Scanner {
 
     /// Where the destination has a large file that is found at another path now: forgotten there, since it has but one name.
     pub(super) fn take_renamed(&mut self, dir: &mut OpenDir, inode: Inode) -> Option<(Vec<u8>, Known)> {
-        let path = self.large.get(&inode)?;
+        let path = self.large.get(&inode).filter(|_| self.follows_renames)?;
         let (parent, name) = split(path);
         let children = if parent == dir.path { &mut dir.children } else { self.dirs.get_mut(parent)? };
-        children.get(name).filter(|known| known.stamp.inode == inode && known.blocks.is_some())?;
+        // Of one that had another name, that one would be patched with it, unnoticed.
+        children
+            .get(name)
+            .filter(|known| known.stamp.inode == inode && known.stamp.links == 1 && known.blocks.is_some())?;
         children.remove(name).map(|known| (path.clone(), known))
     }
 

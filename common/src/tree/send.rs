@@ -33,6 +33,9 @@ impl Scanner {
         // If its content is, too, all of it is as it was.
         let has_same_stamp = |before: &&Known| before.settled != Settled::No && before.stamp == known.stamp;
         let same = before.filter(has_same_stamp).filter(|_| !self.is_mount(&status));
+        if before.is_some_and(|before| before.is_dir) && !known.is_dir {
+            self.forget(path.clone());
+        }
         if let Some(first) = pass.links.get(&inode).filter(|_| has_names) {
             let is_as_it_was = !first.sent && same.is_some();
             known = Known { seen: self.pass, ..first.known.clone() };
@@ -41,9 +44,6 @@ impl Scanner {
                 self.send_entry(path.clone(), kind, node.as_fd(), &status, pass)?;
             }
         } else {
-            if before.is_some_and(|before| before.is_dir) && !known.is_dir {
-                self.forget(path.clone());
-            }
             match metadata::file_type(&status) {
                 FileType::RegularFile => {
                     if pass.writers == Writers::Frozen {
@@ -60,9 +60,13 @@ impl Scanner {
                         dir.children.insert(name.to_bytes().into(), known);
                         return Ok(());
                     }
-                    let mut old = before.filter(|before| before.stamp.inode == inode).cloned();
-                    if old.is_none()
+                    // One that has lost a name goes whole: what that name had may have been patched with it.
+                    let is_it =
+                        |before: &&Known| before.stamp.inode == inode && before.stamp.links <= known.stamp.links;
+                    let mut old = before.filter(is_it).cloned();
+                    if before.is_none_or(|before| before.stamp.inode != inode)
                         && known.stamp.links == 1
+                        && !self.is_mount(&status)
                         && let Some((from, renamed)) = self.take_renamed(dir, inode)
                     {
                         let kind = EntryKind::Hardlink { target: from.clone() };

@@ -99,6 +99,44 @@ fn a_large_file_under_another_name_is_not_sent_again() {
 }
 
 #[test]
+fn a_large_file_that_had_two_names_goes_whole_when_one_is_gone() {
+    let mut pair = Pair::new(TreeKind::Plain);
+    fs::write(pair.path("a"), noise(2 * MIB)).unwrap();
+    fs::hard_link(pair.path("a"), pair.path("b")).unwrap();
+    pair.pass();
+    let first = fs::read(pair.path("a")).unwrap();
+    fs::remove_file(pair.path("b")).unwrap();
+    fs::rename(pair.path("a"), pair.path("c")).unwrap();
+    let file = OpenOptions::new().write(true).open(pair.path("c")).unwrap();
+    file.write_all_at(b"other", 0).unwrap();
+    pair.pass();
+    pair.assert_equal();
+    file.write_all_at(&first[..5], 0).unwrap();
+    fs::rename(pair.path("c"), pair.path("b")).unwrap();
+    pair.last_pass();
+    pair.assert_equal();
+}
+
+#[test]
+fn a_directory_that_became_a_hard_link_and_came_back_is_sent() {
+    let mut pair = Pair::new(TreeKind::Plain);
+    fs::create_dir(pair.path("p")).unwrap();
+    fs::write(pair.path("p/file"), "content").unwrap();
+    fs::write(pair.path("a"), "other").unwrap();
+    // Its times alone would tell of no change below.
+    std::thread::sleep(super::super::UNDER_WAY + Duration::from_millis(100));
+    pair.pass();
+    fs::rename(pair.path("p"), pair.path("q")).unwrap();
+    fs::hard_link(pair.path("a"), pair.path("p")).unwrap();
+    pair.pass();
+    pair.assert_equal();
+    fs::remove_file(pair.path("p")).unwrap();
+    fs::rename(pair.path("q"), pair.path("p")).unwrap();
+    pair.last_pass();
+    pair.assert_equal();
+}
+
+#[test]
 fn a_patched_file_takes_holes_and_a_new_size() {
     let mut pair = Pair::new(TreeKind::Plain);
     fs::write(pair.path("db"), noise(8 * MIB)).unwrap();
