@@ -29,6 +29,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
+use super::pages::parts_within;
+
 /// In the environment: the page store's directory, if there are such pages.
 const STORE: &str = "LONGHAUL_COMMON";
 /// The file that names them.
@@ -254,14 +256,6 @@ impl Task {
             discard(place + gone.start - area.range.start, gone.len());
         }
     }
-}
-
-/// What of ranges, which are in order, lies within another.
-fn parts_within(ranges: &[Range<usize>], within: &Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    let first = ranges.partition_point(|range| range.end <= within.start);
-    let (start, end) = (within.start, within.end);
-    let inside = ranges[first..].iter().take_while(move |range| range.start < end);
-    inside.map(move |range| range.start.max(start)..range.end.min(end))
 }
 
 /// What must not stay.

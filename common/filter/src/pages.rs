@@ -19,6 +19,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::iter;
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -62,9 +63,23 @@ struct Table {
     objects: HashSet<(u64, u64)>,
 }
 
+impl Table {
+    /// What CRIU may see of a task's pages in a range, and what of it is left out and has to be told.
+    fn visible(&self, pid: i32, range: &Range<u64>) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
+        let (hidden, mappings) = (ranges_of(&self.tasks, pid), ranges_of(&self.mappings, pid));
+        let (left, gone) = without(range, hidden);
+        let visible = left.iter().flat_map(|range| without(range, mappings).0).collect();
+        (visible, gone)
+    }
+}
+
 struct Filter {
     table: Table,
     told: File,
+}
+
+fn ranges_of(ranges: &HashMap<i32, Vec<Range<u64>>>, pid: i32) -> &[Range<u64>] {
+    ranges.get(&pid).map_or(&[], Vec::as_slice)
 }
 
 /// The table, once it is wanted: it is written after CRIU was started.
@@ -114,11 +129,9 @@ pub(crate) fn visible_parts(fd: i32, scan: &ScanArg) -> Option<Vec<Range<u64>>> 
     }
     let filter = the_filter()?;
     let pid = task_of(fd, "pagemap")?;
-    let ranges = |of: &'static HashMap<i32, Vec<Range<u64>>>| of.get(&pid).map_or([].as_slice(), Vec::as_slice);
-    let (hidden, mappings) = (ranges(&filter.table.tasks), ranges(&filter.table.mappings));
-    let (visible, gone) = without(scan.start..scan.end, hidden);
-    let visible: Vec<_> = visible.into_iter().flat_map(|range| without(range, mappings).0).collect();
-    if visible == [scan.start..scan.end] {
+    let whole = scan.start..scan.end;
+    let (visible, gone) = filter.table.visible(pid, &whole);
+    if visible == [whole] {
         return None;
     }
     let mut lines = String::new();
@@ -144,7 +157,7 @@ pub(crate) fn hide_entries(fd: i32, entries: &mut [u8], offset: u64) {
     let Some(hidden) = filter.table.tasks.get(&pid) else { return };
     let first = offset / ENTRY * PAGE;
     let end = first + entries.len() as u64 / ENTRY * PAGE;
-    let (_, gone) = without(first..end, hidden);
+    let (_, gone) = without(&(first..end), hidden);
     let mut lines = String::new();
     for range in gone {
         let place = |address: u64| ((address - first) / PAGE * ENTRY) as usize;
@@ -208,22 +221,20 @@ pub(crate) fn tell(lines: &str) {
     }
 }
 
+/// What of ranges, which are in order and do not overlap, lies within another.
+pub(crate) fn parts_within<T: Ord + Copy>(ranges: &[Range<T>], within: &Range<T>) -> impl Iterator<Item = Range<T>> {
+    let first = ranges.partition_point(|range| range.end <= within.start);
+    let (start, end) = (within.start, within.end);
+    let inside = ranges[first..].iter().take_while(move |range| range.start < end);
+    inside.map(move |range| range.start.max(start)..range.end.min(end))
+}
+
 /// A range without what is hidden, and what that was.
-fn without(range: Range<u64>, hidden: &[Range<u64>]) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
-    let (mut left, mut gone) = (Vec::new(), Vec::new());
-    let mut at = range.start;
-    let first = hidden.partition_point(|hidden| hidden.end <= range.start);
-    for hidden in hidden.get(first..).unwrap_or_default().iter().take_while(|hidden| hidden.start < range.end) {
-        if hidden.start > at {
-            left.push(at..hidden.start);
-        }
-        let end = hidden.end.min(range.end);
-        gone.push(hidden.start.max(at)..end);
-        at = end;
-    }
-    if at < range.end {
-        left.push(at..range.end);
-    }
+fn without(range: &Range<u64>, hidden: &[Range<u64>]) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
+    let gone: Vec<_> = parts_within(hidden, range).collect();
+    let starts = iter::once(range.start).chain(gone.iter().map(|gone| gone.end));
+    let ends = gone.iter().map(|gone| gone.start).chain(iter::once(range.end));
+    let left = starts.zip(ends).filter(|(start, end)| start < end).map(|(start, end)| start..end).collect();
     (left, gone)
 }
 
@@ -234,10 +245,10 @@ mod tests {
     #[test]
     fn what_is_hidden_is_cut_out() {
         let hidden = [2..4, 6..22, 28..29, 40..50];
-        assert_eq!(without(0..10, &hidden), (vec![0..2, 4..6], vec![2..4, 6..10]));
-        assert_eq!(without(20..30, &hidden), (vec![22..28, 29..30], vec![20..22, 28..29]));
-        assert_eq!(without(40..50, &hidden), (vec![], vec![40..50]));
-        assert_eq!(without(30..35, &hidden), (vec![30..35], vec![]));
+        assert_eq!(without(&(0..10), &hidden), (vec![0..2, 4..6], vec![2..4, 6..10]));
+        assert_eq!(without(&(20..30), &hidden), (vec![22..28, 29..30], vec![20..22, 28..29]));
+        assert_eq!(without(&(40..50), &hidden), (vec![], vec![40..50]));
+        assert_eq!(without(&(30..35), &hidden), (vec![30..35], vec![]));
     }
 
     fn arg(start: u64, end: u64, vec_len: u64) -> ScanArg {
@@ -293,5 +304,14 @@ mod tests {
         let table = parse("longhaul-filter 3\nobject 1 5f3\n17 1000 2000\n17 3000 4000\n18 0 1000\n").expect("reads");
         assert_eq!(table.tasks[&17], [0x1000..0x2000, 0x3000..0x4000]);
         assert_eq!(parse("longhaul-filter 3\nx\n"), None);
+    }
+
+    #[test]
+    fn mappings_of_shared_memory_are_left_out_untold() {
+        let table = parse("longhaul-filter 3\n17 10 20\nshared-17 30 40\nshared-18 0 90\n").expect("reads");
+        let (hidden, whole) = (0x10..0x20, 0..0x50);
+        assert_eq!(table.visible(17, &whole), (vec![0..0x10, 0x20..0x30, 0x40..0x50], vec![hidden]));
+        assert_eq!(table.visible(18, &whole), (vec![], vec![]));
+        assert_eq!(table.visible(19, &whole), (vec![whole], vec![]));
     }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{RawDir, Statx, StatxAttributes};
 use rustix::io::Errno;
 
-use super::content::HashBudget;
+use super::content::{BlockHashes, HashBudget};
 use super::entry::{EntryKind, TreeItem};
 use super::error::SinkClosed;
 use super::known::{Inode, Known, Settled, Stamp, is_whiteout};
@@ -302,16 +302,26 @@ impl Scanner {
         Ok(())
     }
 
-    /// Where the destination has a large file that is found at another path now: forgotten there, since it has but one name.
-    pub(super) fn take_renamed(&mut self, dir: &mut OpenDir, inode: Inode) -> Option<(Vec<u8>, Known)> {
+    /// Where the destination has a large file that is found at another path now, and its blocks: forgotten there, since it has but
+    /// one name.
+    pub(super) fn take_renamed(
+        &mut self,
+        dir: &mut OpenDir,
+        now: &Known,
+        status: &Statx,
+    ) -> Option<(Vec<u8>, Arc<BlockHashes>)> {
+        let inode = now.stamp.inode;
+        if now.stamp.links != 1 || self.is_mount(status) {
+            return None;
+        }
         let path = self.large.get(&inode).filter(|_| self.follows_renames)?;
         let (parent, name) = split(path);
         let children = if parent == dir.path { &mut dir.children } else { self.dirs.get_mut(parent)? };
         // Of one that had another name, that one would be patched with it, unnoticed.
-        children
-            .get(name)
-            .filter(|known| known.stamp.inode == inode && known.stamp.links == 1 && known.blocks.is_some())?;
-        children.remove(name).map(|known| (path.clone(), known))
+        let is_it = |known: &&Known| known.stamp.inode == inode && known.stamp.links == 1;
+        let blocks = children.get(name).filter(is_it)?.blocks.clone()?;
+        children.remove(name);
+        Some((path.clone(), blocks))
     }
 
     /// Forgets a directory and all beneath it.

@@ -63,19 +63,15 @@ impl Scanner {
                     // One that has lost a name goes whole: what that name had may have been patched with it.
                     let is_it =
                         |before: &&Known| before.stamp.inode == inode && before.stamp.links <= known.stamp.links;
-                    let mut old = before.filter(is_it).cloned();
-                    if before.is_none_or(|before| before.stamp.inode != inode)
-                        && known.stamp.links == 1
-                        && !self.is_mount(&status)
-                        && let Some((from, renamed)) = self.take_renamed(dir, inode)
-                    {
+                    let is_other = before.is_none_or(|before| before.stamp.inode != inode);
+                    let mut old = before.filter(is_it).and_then(|before| before.blocks.clone());
+                    if is_other && let Some((from, blocks)) = self.take_renamed(dir, &known, &status) {
                         let kind = EntryKind::Hardlink { target: from.clone() };
                         self.send_entry(path.clone(), kind, node.as_fd(), &status, pass)?;
                         (pass.sink)(TreeItem::Removed { path: from })?;
                         pass.stats.removed += 1;
-                        old = Some(renamed);
+                        old = Some(blocks);
                     }
-                    let old = old.and_then(|old| old.blocks);
                     (known.blocks, known.sum) = self.send_file(&path, node.as_fd(), &status, old.as_deref(), pass)?;
                     if known.blocks.is_some() {
                         self.large.insert(inode, path.clone());

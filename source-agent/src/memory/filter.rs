@@ -61,6 +61,7 @@ pub fn write_table(dir: &Path, looked: &Looked) -> io::Result<Vec<Hidden>> {
         // Writing to a string can't fail.
         let _ = writeln!(text, "{OBJECT} {:x} {:x}", object.device, object.inode);
     }
+    let certain = looked.certain_objects();
     let early = of_each(&looked.tasks, |task| early_pages(task.pid))?;
     for (task, early) in looked.tasks.iter().zip(early) {
         let areas = without_pages(&task.followed, &early);
@@ -68,7 +69,7 @@ pub fn write_table(dir: &Path, looked: &Looked) -> io::Result<Vec<Hidden>> {
             // Writing to a string can't fail.
             let _ = writeln!(text, "{} {:x} {:x}", task.pid, range.start, range.end);
         }
-        for mapping in task.shared.iter().filter(|mapping| looked.leaves_out(mapping)) {
+        for mapping in task.shared.iter().filter(|mapping| certain.contains(&mapping.inode)) {
             // Writing to a string can't fail.
             let _ = writeln!(text, "{MAPPING}{} {:x} {:x}", task.pid, mapping.start, mapping.end);
         }

@@ -12,7 +12,7 @@
 
 mod look;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -147,11 +147,11 @@ pub struct Content {
 }
 
 impl Looked {
-    /// Whether what is mapped there is one of the objects for certain: a System V segment may have another object's number.
-    pub fn leaves_out(&self, mapping: &Shared) -> bool {
-        let mut mappings = self.tasks.iter().flat_map(|task| &task.shared);
-        let is_unclear = |other: &Shared| other.inode == mapping.inode && other.is_segment;
-        self.objects.iter().any(|object| object.inode == mapping.inode) && !mappings.any(is_unclear)
+    /// The objects, by inode, whose mappings are theirs for certain: a System V segment may have another object's number.
+    pub fn certain_objects(&self) -> BTreeSet<u64> {
+        let mappings = self.tasks.iter().flat_map(|task| &task.shared);
+        let unclear: BTreeSet<_> = mappings.filter(|mapping| mapping.is_segment).map(|mapping| mapping.inode).collect();
+        self.objects.iter().map(|object| object.inode).filter(|inode| !unclear.contains(inode)).collect()
     }
 
     /// All pages that must be right in the end.
@@ -582,12 +582,11 @@ impl Tracker for WriteProtect {
         let mut looks = Vec::new();
         for (&pid, View { files, seen }) in tasks.iter().zip(views) {
             files.in_memory.iter().for_each(|fd| self.shared.meet_open(pid, *fd, true));
-            let Some(space) = self.spaces.get_mut(&pid).filter(|_| !files.has_direct_io) else {
+            let (Some(space), Some(seen)) = (self.spaces.get_mut(&pid), seen) else {
                 // Also of one that borrows its parent's address space: what the parent has is found there.
                 self.doubt_all_of(pid, true);
                 continue;
             };
-            let Some(seen) = seen else { continue };
             looks.push(begin_look(space, pid, seen, &mut self.shared));
         }
         let looks: Vec<_> =

@@ -51,6 +51,12 @@ enum Command {
         /// Moves of each container, between each pair of machines
         #[arg(long, default_value_t = 4)]
         moves: usize,
+        /// Only pairs of machines whose name has this word
+        #[arg(long, default_value = "")]
+        only: String,
+        /// Only containers whose name has this word: web (redis) or memory (checks itself)
+        #[arg(long, default_value = "")]
+        container: String,
     },
     /// Bring up hosts that stay up
     Up {
@@ -162,9 +168,9 @@ fn run(command: Command) -> Result<i32> {
             prepare()?;
             Ok(i32::from(!soak::run(&options)?))
         }
-        Command::Vm { moves } => {
+        Command::Vm { moves, only, container } => {
             prepare()?;
-            Ok(i32::from(!vm::run(moves)?))
+            Ok(i32::from(!vm::run(moves, &only, &container)?))
         }
         Command::Up { hosts } => {
             prepare()?;

@@ -35,8 +35,11 @@ impl Drop for Site {
     }
 }
 
-/// Moves containers between two kernels; whether all went well.
-pub fn run(moves: usize) -> Result<bool> {
+/// Moves containers between two kernels; whether all went well. Of pairs and containers those whose names have `only` and
+/// `container`.
+pub fn run(moves: usize, only: &str, container: &str) -> Result<bool> {
+    ensure!(moves::PLANS.iter().any(|plan| plan.name.contains(only)), "no pair of machines has `{only}` in its name");
+    let containers = moves::containers(container)?;
     need_qemu()?;
     let image = Image::ensure()?;
     let kernels = [Kernel::ensure(OLD)?, Kernel::ensure(NEW)?];
@@ -45,14 +48,14 @@ pub fn run(moves: usize) -> Result<bool> {
     let base = base_image(&site.dir, &image, &kernels)?;
     let programs = programs(&site.dir)?;
     let (mut passed, mut failed) = (0, 0);
-    for plan in moves::PLANS {
+    for plan in moves::PLANS.iter().filter(|plan| plan.name.contains(only)) {
         let start = std::time::Instant::now();
         let kernel = |series: &str| kernels.iter().find(|kernel| kernel.series == series).context("no such kernel");
         let tried = (|| {
             let disks = [base.as_path(), programs.as_path()];
             let first = Machine::boot(&site.dir, 1, kernel(plan.kernels[0])?, disks)?;
             let second = Machine::boot(&site.dir, 2, kernel(plan.kernels[1])?, disks)?;
-            moves::run(plan, &first, &second, moves)
+            moves::run(plan, &first, &second, &containers, moves)
         })();
         let seconds = start.elapsed().as_secs_f64();
         match tried {

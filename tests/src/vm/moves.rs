@@ -30,37 +30,90 @@ pub(super) const PLANS: &[Plan] = &[
 /// Memory that checks itself, with one process that changes its address space: on an emulated machine more leaves no time for the move.
 const MEMCHECK: &str = "lab-tool memcheck run --mib 16 --rate 200 --threads 2 --listen 0.0.0.0:7003";
 
-/// Moves both to and fro; what was seen, for the line that is printed.
-pub(super) fn run(plan: &Plan, first: &Machine, second: &Machine, moves: usize) -> Result<String> {
+/// What is moved.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Container {
+    /// A redis, whose content is compared after each move.
+    Web,
+    /// The workload whose every page checks itself.
+    Memory,
+}
+
+/// Those whose names have `word`.
+pub(super) fn containers(word: &str) -> Result<Vec<Container>> {
+    let found: Vec<_> =
+        [Container::Web, Container::Memory].into_iter().filter(|each| each.name().contains(word)).collect();
+    ensure!(!found.is_empty(), "no container has `{word}` in its name: there are web and memory");
+    Ok(found)
+}
+
+impl Container {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Web => "web",
+            Self::Memory => "memory",
+        }
+    }
+
+    fn start(self, on: &Machine) -> Result<()> {
+        match self {
+            Self::Web => {
+                let server = "redis-server --bind 0.0.0.0 --protected-mode no --save '' --enable-debug-command yes";
+                on.sh(&container(self.name(), 20, server))?;
+                on.sh("lab-tool wait-port 10.77.0.20:6379 --seconds 120")?;
+                on.sh("redis-cli -h 10.77.0.20 debug populate 20000 key 1000")?;
+            }
+            Self::Memory => {
+                on.sh(&container(self.name(), 26, MEMCHECK))?;
+                on.sh("lab-tool wait-port 10.77.0.26:7003 --seconds 120")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks it for what it holds, which must stay the same; an error where it found itself damaged.
+    fn content(self, from: &Machine) -> Result<String> {
+        match self {
+            Self::Web => from.sh("redis-cli -h 10.77.0.20 debug digest"),
+            Self::Memory => from.sh("lab-tool memcheck query --addr 10.77.0.26:7003").map(|_| String::new()),
+        }
+    }
+}
+
+/// Moves them to and fro; what was seen, for the line that is printed.
+pub(super) fn run(
+    plan: &Plan,
+    first: &Machine,
+    second: &Machine,
+    containers: &[Container],
+    moves: usize,
+) -> Result<String> {
     install(plan, [first, second])?;
-    first.sh(&container(
-        "web",
-        20,
-        "redis-server --bind 0.0.0.0 --protected-mode no --save '' --enable-debug-command yes",
-    ))?;
-    first.sh("lab-tool wait-port 10.77.0.20:6379 --seconds 120")?;
-    first.sh("redis-cli -h 10.77.0.20 debug populate 20000 key 1000")?;
-    first.sh(&container("memory", 26, MEMCHECK))?;
-    first.sh("lab-tool wait-port 10.77.0.26:7003 --seconds 120")?;
-    let digest = || first.sh("redis-cli -h 10.77.0.20 debug digest");
-    let before = digest()?;
+    let mut held = Vec::new();
+    for container in containers {
+        container.start(first)?;
+        held.push((*container, container.content(first)?));
+    }
     let mut downtimes = Vec::new();
     for turn in 0..moves {
         let (from, to, tracker) =
             if turn % 2 == 0 { (first, second, plan.trackers[0].1) } else { (second, first, plan.trackers[1].1) };
-        for name in ["web", "memory"] {
-            let report = migrate(name, from, to)?;
+        for container in containers {
+            let report = migrate(container.name(), from, to)?;
             let memory = &report["memory"];
             ensure!(memory["tracker"] == tracker, "tracked by something else than {tracker}: {memory}");
             ensure!(memory["path"] == "lazy", "{memory}");
             downtimes.push(report["downtime_ms"].as_f64().unwrap_or(f64::NAN));
         }
-        let after = digest()?;
-        ensure!(after == before, "move {turn}: redis holds something else: {before} and {after}");
-        first.sh("lab-tool memcheck query --addr 10.77.0.26:7003").with_context(|| {
-            let seen = "runc list; tail -n 5 /var/log/containers/memory.log; ip -br link; dmesg | tail -n 20";
-            format!("move {turn}; on {}:\n{}", to.name, to.sh(seen).unwrap_or_default())
-        })?;
+        for (container, before) in &held {
+            let name = container.name();
+            let after = container.content(first).with_context(|| {
+                let seen =
+                    format!("runc list; tail -n 5 /var/log/containers/{name}.log; ip -br link; dmesg | tail -n 20");
+                format!("move {turn}; on {}:\n{}", to.name, to.sh(&seen).unwrap_or_default())
+            })?;
+            ensure!(after == *before, "move {turn}: {name} holds something else: {before} and {after}");
+        }
     }
     downtimes.sort_by(f64::total_cmp);
     let median = downtimes.get(downtimes.len() / 2).copied().unwrap_or(f64::NAN);

@@ -156,14 +156,19 @@ fn assert_same(source: &BTreeMap<PathBuf, Seen>, copy: &BTreeMap<PathBuf, Seen>)
 
 /// Waits until the kernel's coarse clock, and the scanner's trust in it, have passed what was done so far.
 fn settle(dir: &Path) {
+    settle_for(dir, Duration::from_millis(40));
+}
+
+/// Waits until the clock of a directory's filesystem is this much later.
+fn settle_for(dir: &Path, time: Duration) {
     let probe = tempfile::NamedTempFile::new_in(dir.parent().unwrap()).unwrap();
     let since = probe.as_file().metadata().unwrap();
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + time + Duration::from_secs(5);
     loop {
         probe.as_file().set_modified(std::time::SystemTime::now()).unwrap();
         let now = probe.as_file().metadata().unwrap();
         let passed = (now.ctime() - since.ctime()) * 1_000_000_000 + now.ctime_nsec() - since.ctime_nsec();
-        if passed > 40_000_000 {
+        if i128::from(passed) > time.as_nanos() as i128 {
             return;
         }
         assert!(Instant::now() < deadline, "the filesystem's clock stands still");

@@ -124,7 +124,7 @@ fn a_directory_that_became_a_hard_link_and_came_back_is_sent() {
     fs::write(pair.path("p/file"), "content").unwrap();
     fs::write(pair.path("a"), "other").unwrap();
     // Its times alone would tell of no change below.
-    std::thread::sleep(super::super::UNDER_WAY + Duration::from_millis(100));
+    settle_for(pair.source.path(), super::super::UNDER_WAY + Duration::from_millis(100));
     pair.pass();
     fs::rename(pair.path("p"), pair.path("q")).unwrap();
     fs::hard_link(pair.path("a"), pair.path("p")).unwrap();
