@@ -15,7 +15,7 @@ use super::entry::{Content, ContentSum, Entry, EntryKind, Timestamp, TreeItem};
 use super::error::printable;
 use super::names::{check_path, split};
 use super::remove::remove_tree;
-use super::{MAX_DATA, TreeError, TreeKind, metadata, sys};
+use super::{MAX_DATA, TreeError, TreeKind, metadata, sys, write_back};
 
 /// Applies a stream of items beneath a directory.
 ///
@@ -37,8 +37,7 @@ struct Times {
     mtime: Timestamp,
 }
 
-/// A file that got so many bytes is on its way to the disk at once. Otherwise the first fsync(2) of the container, once it runs
-/// here, waits for all of them: a filesystem that keeps its data in order (`data=ordered` of ext4) writes them first.
+/// A file that got so many bytes is on its way to the disk soon.
 const MUCH: u64 = 1 << 20;
 
 /// A file whose content is coming.
@@ -285,7 +284,7 @@ impl OpenFile {
             return Err(TreeError::Checksum { path: printable(&self.entry.path), declared, computed });
         }
         if self.written >= MUCH {
-            sys::begin_write_back(&self.file);
+            write_back::soon(&self.file);
         }
         metadata::apply(self.file.as_fd(), &self.entry, kind)
     }

@@ -72,6 +72,7 @@ mod scan;
 mod send;
 mod sys;
 mod watch;
+mod write_back;
 
 #[cfg(test)]
 mod tests;
