@@ -533,3 +533,51 @@ impl Drop for Mapping {
         }
     }
 }
+
+/// A page of this process between two that can't be touched: no area that another thread maps or makes larger joins it.
+#[derive(Debug)]
+pub struct LonePage {
+    start: *mut libc::c_void,
+}
+
+impl LonePage {
+    /// Maps it.
+    ///
+    /// # Errors
+    /// Those of mmap(2) and mprotect(2).
+    pub fn new() -> io::Result<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping at a place of the kernel's choice.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), 3 * PAGE as usize, libc::PROT_NONE, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let page = Self { start };
+        // SAFETY: the page in the middle of what was just mapped.
+        let done = unsafe { libc::mprotect(page.place().cast(), PAGE as usize, libc::PROT_READ | libc::PROT_WRITE) };
+        if done < 0 { Err(io::Error::last_os_error()) } else { Ok(page) }
+    }
+
+    /// Its address.
+    pub fn address(&self) -> u64 {
+        self.place() as u64
+    }
+
+    /// Writes to it.
+    pub fn write(&mut self, value: u8) {
+        // SAFETY: mapped, writable, and this value's alone.
+        unsafe { self.place().write_volatile(value) };
+    }
+
+    fn place(&self) -> *mut u8 {
+        // SAFETY: within the three pages.
+        unsafe { self.start.cast::<u8>().add(PAGE as usize) }
+    }
+}
+
+impl Drop for LonePage {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new` with this length.
+        unsafe { libc::munmap(self.start, 3 * PAGE as usize) };
+    }
+}

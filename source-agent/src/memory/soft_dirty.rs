@@ -13,11 +13,12 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use longhaul_common::cgroup::Freezer;
 use longhaul_common::journal::Journal;
-use longhaul_common::sys::memory::PAGE;
+use longhaul_common::sys::memory::{LonePage, PAGE};
 use longhaul_common::tasks::{TaskId, inner_pid};
 
 use super::flags::{self, Mark, marks};
@@ -99,27 +100,22 @@ fn push(ranges: &mut Vec<Area>, page: u64, from: u64) {
 
 /// Whether this kernel has such bits: it clears those of this process, and looks for one.
 pub fn works() -> bool {
-    const TRIES: u32 = 5;
-    let mut page = vec![0u8; 2 * PAGE as usize];
-    let written = |page: &[u8]| -> io::Result<bool> {
-        let address = (page.as_ptr() as u64).next_multiple_of(PAGE);
-        let mut is_written = false;
-        walk(&File::open("/proc/self/pagemap")?, &(address..address + PAGE), |_, entry| {
-            is_written = entry.is_written();
-        })?;
-        Ok(is_written)
-    };
-    let mut look = || {
-        page.fill(1);
-        std::hint::black_box(&page);
+    static WORKS: OnceLock<bool> = OnceLock::new();
+    let look = || -> io::Result<bool> {
+        let mut page = LonePage::new()?;
+        let is_written = |page: &LonePage| {
+            let (mut is_written, address) = (false, page.address());
+            let found = |_, entry: Entry| is_written = entry.is_written();
+            walk(&File::open("/proc/self/pagemap")?, &(address..address + PAGE), found)?;
+            Ok::<_, io::Error>(is_written)
+        };
+        page.write(1);
         clear(std::process::id().cast_signed())?;
-        let before = written(&page)?;
-        page.fill(2);
-        std::hint::black_box(&page);
-        Ok::<_, io::Error>(!before && written(&page)?)
+        let before = is_written(&page)?;
+        page.write(2);
+        Ok(!before && is_written(&page)?)
     };
-    // An area that another thread makes larger meanwhile counts as written from end to end.
-    (0..TRIES).any(|_| look().unwrap_or(false))
+    *WORKS.get_or_init(|| look().unwrap_or(false))
 }
 
 /// Clears the bits of a task.

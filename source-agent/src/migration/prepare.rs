@@ -218,12 +218,7 @@ fn choose(trip: &Trip, init: i32, freezer: &Freezer) -> Result<Box<dyn Tracker>,
             Err(Without("this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY): set `tracker = \"auto\"` in source.toml".to_owned()))
         }
         TrackerChoice::Auto if tracks_writes() => Ok(Box::new(WriteProtect::new(init).map_err(failed)?)),
-        // Only if it is asked for, until the self-checking workload has been moved with it (docs/testing.md).
-        TrackerChoice::Auto if soft_dirty::works() => Err(Without(
-            "this kernel can't protect written pages (Linux 6.7 or newer can); it has soft-dirty bits, which are tried with \
-             `tracker = \"soft-dirty\"` in source.toml"
-                .to_owned(),
-        )),
+        TrackerChoice::Auto if soft_dirty::works() => Ok(Box::new(soft_dirty()?)),
         TrackerChoice::Auto => Err(Without(
             "this kernel can't tell which pages were written: Linux 6.7 or newer can (PAGEMAP_SCAN, userfaultfd WP_ASYNC), \
              or one with soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)"

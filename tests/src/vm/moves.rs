@@ -18,7 +18,7 @@ pub(super) const PLANS: &[Plan] = &[
     Plan {
         name: "between 6.1 with soft-dirty bits and 6.12 with write protection",
         kernels: [OLD, NEW],
-        trackers: [("soft-dirty", "soft-dirty"), ("auto", "userfaultfd-wp")],
+        trackers: [("auto", "soft-dirty"), ("auto", "userfaultfd-wp")],
     },
     Plan {
         name: "between two 6.12, with soft-dirty bits",
@@ -99,6 +99,7 @@ pub(super) fn run(
     for turn in 0..moves {
         let (from, to, tracker) =
             if turn % 2 == 0 { (first, second, plan.trackers[0].1) } else { (second, first, plan.trackers[1].1) };
+        let start = std::time::Instant::now();
         for container in containers {
             let (report, tries) = migrate(container.name(), from, to)?;
             again += tries - 1;
@@ -107,6 +108,7 @@ pub(super) fn run(
             ensure!(memory["path"] == "lazy", "{memory}");
             downtimes.push(report["downtime_ms"].as_f64().unwrap_or(f64::NAN));
         }
+        let moved = start.elapsed().as_secs_f64();
         for (container, before) in &held {
             let name = container.name();
             let after = container.content(first).with_context(|| {
@@ -116,9 +118,8 @@ pub(super) fn run(
             })?;
             ensure!(after == *before, "move {turn}: {name} holds something else: {before} and {after}");
         }
-        if (turn + 1) % 10 == 0 {
-            eprintln!("lab: {} of {moves} moves", turn + 1);
-        }
+        let checked = start.elapsed().as_secs_f64() - moved;
+        eprintln!("lab: {} of {moves}: moved in {moved:.1} s, looked at in {checked:.1} s", turn + 1);
     }
     downtimes.sort_by(f64::total_cmp);
     let median = downtimes.get(downtimes.len() / 2).copied().unwrap_or(f64::NAN);
