@@ -7,7 +7,7 @@
 //! destination:record:committed kill
 //! ```
 //!
-//! Points are `source:phase:<phase>`, `source:<action>`, `destination:heard:<message>`, `destination:<action>`, `destination:restored` and
+//! Points are `source:phase:<phase>`, `source:look` (at the frozen memory, before CRIU is told of it), `source:<action>`, `destination:heard:<message>`, `destination:<action>`, `destination:restored` and
 //! `destination:say:<message>`; actions are those of the hand-over ([`crate::handover`]), before they are done.
 //!
 //! | action | |

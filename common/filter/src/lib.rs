@@ -1,4 +1,4 @@
-//! Preloaded into CRIU's process by the hold. It stands in for eleven functions of the C library and passes everything else on.
+//! Preloaded into CRIU's process by the hold. It stands in for twelve functions of the C library and passes everything else on.
 //!
 //! **Pages that CRIU need not save** ([`pages`]): CRIU finds a task's pages with `ioctl(PAGEMAP_SCAN)` (`pmc_fill` in
 //! criu/pagemap-cache.c, 4.2), or where there is no such thing with pread(2). The agent has sent most of them before; the answer leaves those out, by a table that the
@@ -18,6 +18,8 @@
 //!
 //! **Memory that is filled in later** must have no huge pages before. Pages that tasks have in common are there before them ([`common`]).
 //!
+//! **Memory filesystems** are packed and unpacked by CRIU's child, which need not start tar ([`archive`]).
+//!
 //! **Resource limits**: CRIU reads every task's with prlimit(2), which the kernel allows for a
 //! task of another user only with `CAP_SYS_RESOURCE` (`check_prlimit_permission` in kernel/sys.c). An agent that was not
 //! given that capability, as in many sandboxes, could move no container with a task that is not root's.
@@ -25,6 +27,7 @@
 //! needs anyway: where prlimit(2) is refused, they are read there. CRIU makes that call through the C library's
 //! `syscall` function (`dump_task_rlimits` in criu/cr-dump.c, 4.2).
 
+mod archive;
 mod common;
 mod pages;
 mod shared;
@@ -32,6 +35,7 @@ mod smaps;
 
 use std::ffi::{CStr, OsStr, OsString, c_char, c_int, c_uint, c_ulong, c_void};
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::OnceLock;
 
 use libc::{c_long, mode_t, off64_t, pid_t, rlimit64};
@@ -225,7 +229,18 @@ pub unsafe extern "C" fn openat64(dir: c_int, path: *const c_char, flags: c_int,
         }
         return fd;
     }
-    let Some(other) = smaps::instead_of(fd, path) else { return fd };
+    if !smaps::is_one(path) {
+        return fd;
+    }
+    if pages::is_given_up() {
+        // SAFETY: nobody else knows it; errno is this thread's own.
+        unsafe {
+            libc::close(fd);
+            *libc::__errno_location() = libc::ECANCELED;
+        }
+        return -1;
+    }
+    let Some(other) = smaps::instead_of(fd) else { return fd };
     // SAFETY: both are open, and nobody else knows them yet.
     unsafe {
         libc::dup3(other, fd, libc::O_CLOEXEC);
@@ -487,4 +502,31 @@ pub unsafe extern "C" fn ptrace(request: c_long, pid: c_long, address: *mut c_vo
     };
     // SAFETY: the caller's promise is passed on; the options are a number.
     unsafe { real(request, pid, address, data) }
+}
+
+/// `execvp(3)`.
+type Execvp = unsafe extern "C" fn(*const c_char, *const *const c_char) -> c_int;
+
+real!(real_execvp, Execvp, c"execvp");
+
+/// Stands in for the C library's function in a child of CRIU's.
+///
+/// # Safety
+/// As for execvp(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn execvp(file: *const c_char, words: *const *const c_char) -> c_int {
+    // SAFETY: C strings, by the caller's promise.
+    let string = |word: *const c_char| unsafe { CStr::from_ptr(word) };
+    if string(file) == c"tar" {
+        // SAFETY: the last is null, by the caller's promise.
+        let words = (0..).map(|index| unsafe { *words.add(index) }).take_while(|word| !word.is_null());
+        let words: Vec<_> = words.map(|word| OsStr::from_bytes(string(word).to_bytes()).to_owned()).collect();
+        if let Some(code) = archive::stand_in(&words) {
+            // SAFETY: ends the child, as the program would have.
+            unsafe { libc::_exit(code) };
+        }
+    }
+    let Some(real) = real_execvp() else { return not_there() };
+    // SAFETY: the caller's promise is passed on.
+    unsafe { real(file, words) }
 }

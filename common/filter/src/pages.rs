@@ -5,6 +5,9 @@
 //! what it sent: a CRIU that looks for pages in another way leaves no trace there, and its images hold everything. So are the
 //! tasks whose smaps were replaced.
 //!
+//! CRIU is at work before the table is there: who wants it waits for it. Where nothing is to be left out the file says something else, and
+//! `given up` where the agent has no use for images any more: then CRIU is told that it can't read a task's smaps, and fails.
+//!
 //! A range of `shared-` is a mapping of such a piece. CRIU looks there for what tasks have in their page tables, a millisecond for each gigabyte
 //! and task, and makes nothing of it (`add_shmem_area` in criu/shmem.c): that is left out untold.
 //!
@@ -22,11 +25,16 @@ use std::io::Write;
 use std::iter;
 use std::ops::Range;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`, linux/fs.h.
 pub(crate) const PAGEMAP_SCAN: std::ffi::c_ulong = 0xc060_6610;
 /// Where the table is.
 pub(crate) const TABLE: &str = "LONGHAUL_FILTER";
+/// The agent's process, which writes it.
+const AGENT: &str = "LONGHAUL_AGENT";
+/// What it writes in place of a table.
+const GIVEN_UP: &str = "given up";
 /// The first line of both files.
 const VERSION: &str = "longhaul-filter 3";
 /// `PAGE_IS_PRESENT`: a scan for it looks for content.
@@ -82,17 +90,61 @@ fn ranges_of(ranges: &HashMap<i32, Vec<Range<u64>>>, pid: i32) -> &[Range<u64>] 
     ranges.get(&pid).map_or(&[], Vec::as_slice)
 }
 
-/// The table, once it is wanted: it is written after CRIU was started.
-fn the_filter() -> Option<&'static Filter> {
-    static FILTER: OnceLock<Option<Filter>> = OnceLock::new();
-    let load = || {
-        let path = std::env::var(TABLE).ok()?;
-        let table = parse(&std::fs::read_to_string(&path).ok()?)?;
-        let mut told = OpenOptions::new().create(true).append(true).open(format!("{path}.told")).ok()?;
-        writeln!(told, "{VERSION}").ok()?;
-        Some(Filter { table, told })
+/// What has come of the table.
+enum Answer {
+    Filter(Filter),
+    /// Nothing is to be left out.
+    Everything,
+    /// The agent has given up.
+    GivenUp,
+}
+
+/// Waits for the agent's answer: CRIU is told to go as soon as the container is frozen, and has much to do before it asks for the first
+/// page, while the agent looks at the memory.
+fn answer() -> &'static Answer {
+    static ANSWER: OnceLock<Answer> = OnceLock::new();
+    let load = |path: &str| {
+        let agent = std::env::var(AGENT).ok().and_then(|pid| pid.parse().ok());
+        let text = wait_for(path, agent)?;
+        if text.starts_with(GIVEN_UP) {
+            return None;
+        }
+        let open = |table| {
+            let mut told = OpenOptions::new().create(true).append(true).open(format!("{path}.told")).ok()?;
+            writeln!(told, "{VERSION}").ok()?;
+            Some(Filter { table, told })
+        };
+        Some(parse(&text).and_then(open).map_or(Answer::Everything, Answer::Filter))
     };
-    FILTER.get_or_init(load).as_ref()
+    ANSWER
+        .get_or_init(|| std::env::var(TABLE).map_or(Answer::Everything, |path| load(&path).unwrap_or(Answer::GivenUp)))
+}
+
+/// The content of a file that the agent puts there whole; nothing if it never will.
+fn wait_for(path: &str, agent: Option<i32>) -> Option<String> {
+    const LOOK_EVERY: Duration = Duration::from_micros(300);
+    loop {
+        if let Ok(text) = std::fs::read_to_string(path) {
+            return Some(text);
+        }
+        // SAFETY: takes no pointer; signal 0 is none.
+        if agent.is_none_or(|pid| unsafe { libc::kill(pid, 0) } < 0) {
+            return None;
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// Whether CRIU must end here: it would save what nobody wants any more, while the container waits.
+pub(crate) fn is_given_up() -> bool {
+    matches!(answer(), Answer::GivenUp)
+}
+
+fn the_filter() -> Option<&'static Filter> {
+    match answer() {
+        Answer::Filter(filter) => Some(filter),
+        Answer::Everything | Answer::GivenUp => None,
+    }
 }
 
 fn parse(text: &str) -> Option<Table> {
@@ -304,6 +356,27 @@ mod tests {
         let table = parse("longhaul-filter 3\nobject 1 5f3\n17 1000 2000\n17 3000 4000\n18 0 1000\n").expect("reads");
         assert_eq!(table.tasks[&17], [0x1000..0x2000, 0x3000..0x4000]);
         assert_eq!(parse("longhaul-filter 3\nx\n"), None);
+    }
+
+    #[test]
+    fn the_table_is_waited_for_as_long_as_the_agent_lives() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("table");
+        let name = path.to_str().expect("UTF-8");
+        let mut agent = std::process::Command::new("sleep").arg("60").spawn().expect("runs");
+        let pid = agent.id().cast_signed();
+        let waits = std::thread::scope(|scope| {
+            let waits = scope.spawn(|| wait_for(name, Some(pid)));
+            std::thread::sleep(Duration::from_millis(20));
+            std::fs::write(dir.path().join("partial"), "there").expect("writes");
+            std::fs::rename(dir.path().join("partial"), &path).expect("renames");
+            waits.join().expect("no panic")
+        });
+        agent.kill().and_then(|()| agent.wait()).expect("ends");
+        assert_eq!(waits.as_deref(), Some("there"));
+        assert_eq!(wait_for(name, Some(pid)).as_deref(), Some("there"));
+        std::fs::remove_file(&path).expect("removes");
+        assert_eq!(wait_for(name, Some(pid)), None);
     }
 
     #[test]

@@ -7,12 +7,13 @@ use std::ffi::{CStr, c_int};
 use std::fs::File;
 use std::os::fd::IntoRawFd;
 
-/// The file to read instead of the one that was opened, if there is one.
-pub(crate) fn instead_of(fd: c_int, path: &CStr) -> Option<c_int> {
-    // Cheap: CRIU opens thousands of other files.
-    if !path.to_bytes().ends_with(b"smaps") {
-        return None;
-    }
+/// Whether CRIU reads such a file there. Cheap: it opens thousands of others.
+pub(crate) fn is_one(path: &CStr) -> bool {
+    path.to_bytes().ends_with(b"smaps")
+}
+
+/// The file to read instead of the one that was opened, if there is one: it is there before the table is.
+pub(crate) fn instead_of(fd: c_int) -> Option<c_int> {
     let pid = super::pages::task_of(fd, "smaps")?;
     let table = std::env::var(super::pages::TABLE).ok()?;
     let file = File::open(format!("{table}.smaps.{pid}")).ok()?;

@@ -1,6 +1,5 @@
 //! Stands in CRIU's place on a runtime's `PATH`: see `longhaul_common::criu::hold`.
 
-use std::ffi::OsStr;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -10,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use longhaul_common::criu::archive;
 use longhaul_common::criu::hold::{CRIU_ENV, End, Event, Hello, MAX_FRAME_BYTES, Prepare, SOCKET_ENV, ToAgent, ToHold};
 use longhaul_common::criu::rpc::{Options, Request, RequestType, Response};
 use longhaul_common::sys::InNetns;
@@ -33,10 +31,8 @@ const FIRST: i32 = -20;
 
 fn main() -> ExitCode {
     let words: Vec<std::ffi::OsString> = std::env::args_os().collect();
-    match words.first().and_then(|name| Path::new(name).file_name()).and_then(OsStr::to_str) {
-        Some("gzip") => return pass_through(),
-        Some("tar") => return archive(&words[1..]),
-        _ => {}
+    if words.first().and_then(|name| Path::new(name).file_name()).is_some_and(|name| name == "gzip") {
+        return pass_through();
     }
     let criu = std::env::var_os(CRIU_ENV).map_or_else(|| PathBuf::from("/usr/sbin/criu"), PathBuf::from);
     let socket = std::env::var_os(SOCKET_ENV).map(PathBuf::from);
@@ -69,35 +65,6 @@ fn pass_through() -> ExitCode {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("longhaul-criu: can't pass an archive through: {error}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-/// What CRIU takes for tar.
-fn archive(words: &[std::ffi::OsString]) -> ExitCode {
-    let done = match archive::asked(words) {
-        Some((dir, true)) => {
-            let mut output = io::BufWriter::new(io::stdout().lock());
-            archive::create(&dir, &mut output).and_then(|done| output.flush().map(|()| done))
-        }
-        Some((dir, false)) => io::stdin()
-            .as_fd()
-            .try_clone_to_owned()
-            .and_then(|input| archive::extract(&mut std::fs::File::from(input), &dir)),
-        None => Ok(false),
-    };
-    match done {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => {
-            // The one behind us on the path.
-            let real = ["/usr/bin/tar", "/bin/tar"].into_iter().find(|path| Path::new(path).exists());
-            let error = Command::new(real.unwrap_or("/usr/bin/tar")).args(words).exec();
-            eprintln!("longhaul-criu: can't run tar: {error}");
-            ExitCode::from(127)
-        }
-        Err(error) => {
-            eprintln!("longhaul-criu: can't pack or unpack a memory filesystem: {error}");
             ExitCode::FAILURE
         }
     }

@@ -14,6 +14,11 @@ use super::tracker::Looked;
 
 /// The environment variable that names the table.
 const VARIABLE: &str = "LONGHAUL_FILTER";
+/// The one that names this process.
+const AGENT: &str = "LONGHAUL_AGENT";
+/// In place of a table: nothing is left out; or CRIU is to fail.
+const EVERYTHING: &str = "everything";
+const GIVEN_UP: &str = "given up";
 /// The first line of the table and of the answer.
 const VERSION: &str = "longhaul-filter 3";
 
@@ -33,9 +38,43 @@ pub fn table_path(dir: &Path) -> PathBuf {
     dir.join("filter")
 }
 
-/// The entry of CRIU's environment.
-pub fn environment(dir: &Path) -> String {
-    format!("{VARIABLE}={}", table_path(dir).display())
+/// Entries of CRIU's environment. It waits for the table as long as this process lives.
+pub fn environment(dir: &Path) -> Vec<String> {
+    vec![format!("{VARIABLE}={}", table_path(dir).display()), format!("{AGENT}={}", std::process::id())]
+}
+
+/// CRIU was told to go, and waits for the table. If that is not there when this ends, there will be none.
+#[derive(Debug)]
+pub struct Awaited(PathBuf);
+
+impl Awaited {
+    /// For the table in `dir`.
+    pub fn new(dir: &Path) -> Self {
+        Self(dir.to_owned())
+    }
+
+    /// Nothing is to be left out.
+    pub fn is_everything(&self) -> io::Result<()> {
+        answer(&self.0, EVERYTHING)
+    }
+}
+
+impl Drop for Awaited {
+    fn drop(&mut self) {
+        if !table_path(&self.0).exists()
+            && let Err(error) = answer(&self.0, GIVEN_UP)
+        {
+            tracing::error!(%error, "CRIU can't be told to give up");
+        }
+    }
+}
+
+/// Whole or not at all: CRIU is waiting already.
+fn answer(dir: &Path, text: &str) -> io::Result<()> {
+    let path = table_path(dir);
+    let partial = path.with_extension("partial");
+    std::fs::write(&partial, text)?;
+    std::fs::rename(partial, path)
 }
 
 /// What CRIU has to leave out of one task.
@@ -75,11 +114,7 @@ pub fn write_table(dir: &Path, looked: &Looked) -> io::Result<Vec<Hidden>> {
         }
         all.push(Hidden { pid: task.pid, areas, content: [task.later.clone(), task.at_once.clone()] });
     }
-    // Whole or not at all: CRIU is waiting already.
-    let path = table_path(dir);
-    let partial = path.with_extension("partial");
-    std::fs::write(&partial, text)?;
-    std::fs::rename(partial, path)?;
+    answer(dir, &text)?;
     Ok(all)
 }
 

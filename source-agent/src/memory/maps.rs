@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use longhaul_common::sys::memory::PAGE;
 use nix::libc;
@@ -218,7 +219,7 @@ pub fn early_pages(pid: i32) -> io::Result<Vec<u64>> {
     let mut pages = argument_pages(&std::fs::read_to_string(format!("/proc/{pid}/stat"))?);
     for thread in std::fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
         // "number arguments… sp pc", or "-1 sp pc" outside of a system call (proc_pid_syscall(5)).
-        let line = std::fs::read_to_string(thread.path().join("syscall"))?;
+        let line = stopped(&thread.path().join("syscall"))?;
         let words: Vec<&str> = line.split_ascii_whitespace().collect();
         let pointer = words
             .len()
@@ -230,6 +231,20 @@ pub fn early_pages(pid: i32) -> io::Result<Vec<u64>> {
     pages.sort_unstable();
     pages.dedup();
     Ok(pages)
+}
+
+/// What the file says of a thread that is not running: one that CRIU stops leaves its cgroup's freezer for a moment.
+fn stopped(path: &Path) -> io::Result<String> {
+    const DEADLINE: Duration = Duration::from_secs(5);
+    const LOOK_EVERY: Duration = Duration::from_micros(100);
+    let start = Instant::now();
+    loop {
+        let line = std::fs::read_to_string(path)?;
+        if line != "running\n" || start.elapsed() > DEADLINE {
+            return Ok(line);
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
 }
 
 /// From `arg_start`, `arg_end`, `env_start` and `env_end`, fields 48 to 51 of `/proc/<pid>/stat` (proc_pid_stat(5)).

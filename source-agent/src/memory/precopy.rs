@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use longhaul_common::cgroup::{CgroupError, Freezer};
+use longhaul_common::fault;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -441,7 +442,8 @@ impl Precopy {
         pumped
     }
 
-    /// Looks at the frozen container and tells CRIU's library, by a table in `dir`, what to leave out.
+    /// Looks at the frozen container and tells CRIU's library, by a table in `dir`, what to leave out. CRIU may be at work: it has stopped
+    /// tasks, and waits before it does more to one.
     pub async fn look_frozen(&self, dir: &Path) -> Result<LastRound, MemoryError> {
         let tasks = self.freezer.tasks()?;
         let (tracker, dir, replaces_smaps) = (self.tracker.clone(), dir.to_owned(), !self.outlook.reads_smaps);
@@ -452,6 +454,7 @@ impl Precopy {
                     |pid: &i32| flags::summary(*pid).map_or(Ok(()), |text| filter::write_smaps(&dir, *pid, &text));
                 of_each(&tasks, write).map_err(MemoryError::Table)?;
             }
+            fault::point("source:look");
             let hidden = filter::write_table(&dir, &looked).map_err(MemoryError::Table)?;
             Ok::<_, MemoryError>(LastRound { looked, hidden })
         });

@@ -386,7 +386,7 @@ impl Copied {
             own_network_lock: matches!(prepared.inspection.description.network, Network::Own { .. }),
             single_cgroup: prepared.inspection.description.single_cgroup,
             netns: single_netns.then(|| format!("/proc/{}/ns/net", live.init)),
-            environment: if pages == Pages::None { Vec::new() } else { vec![filter::environment(&trip.dir)] },
+            environment: if pages == Pages::None { Vec::new() } else { filter::environment(&trip.dir) },
         };
         // First on record: what is started now outlives an agent that is killed.
         let owes = prepared.memory.as_ref().is_some_and(Precopy::owes);

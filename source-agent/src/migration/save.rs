@@ -13,6 +13,8 @@ use super::quiesce::quiesce;
 use super::{IMAGE_QUEUE, MigrationError, Trip};
 use crate::checkpoint::{CheckpointError, images_dir};
 use crate::images::{ImageSender, Sent};
+use crate::memory::filter;
+use crate::memory::precopy::MemoryError;
 use crate::memory::serve::Serving;
 use crate::peer::{Pages, Session};
 use crate::push::{Pass, Round};
@@ -87,12 +89,11 @@ impl Frozen {
     pub(super) async fn save(mut self, trip: &Trip) -> Result<Saved, MigrationError> {
         self.prepared.recheck_mapped()?;
         let Prepared { peer, inspection, trees, memory, .. } = &mut self.prepared;
-        let start = Instant::now();
-        let last = match memory.as_ref() {
-            Some(memory) => Some(memory.look_frozen(&trip.dir).await?),
-            None => None,
-        };
-        trip.step("memory-scan", start.elapsed());
+        // CRIU begins at once, and waits for what is found out about the memory where it wants it.
+        let awaited = filter::Awaited::new(&trip.dir);
+        if memory.is_none() {
+            awaited.is_everything().map_err(MemoryError::Table)?;
+        }
         let finish = Arc::new(AtomicBool::new(false));
         let (messages, receiver) = mpsc::channel(IMAGE_QUEUE);
         let (dir, migration, flag) = (images_dir(&trip.dir), trip.migration.clone(), finish.clone());
@@ -120,13 +121,16 @@ impl Frozen {
             Ok::<Round, MigrationError>(round?)
         };
         let pages = async {
-            let (Some(memory), Some(last)) = (memory.as_mut(), last.as_ref()) else { return Ok(None) };
-            let round = memory.send_last(last).await?;
+            let Some(memory) = memory.as_mut() else { return Ok((None, None)) };
+            let last = memory.look_frozen(&trip.dir).await?;
+            trip.step("memory-scan", start.elapsed());
+            let round = memory.send_last(&last).await?;
             trip.step("memory-pages", start.elapsed());
-            Ok::<_, MigrationError>(Some(round))
+            Ok::<_, MigrationError>((Some(last), Some(round)))
         };
         // The first failure ends them all: with a destination that is gone, the container must not stay frozen for the rest.
-        let ((), sent, mut round, last_round) = tokio::try_join!(dump, images, files, pages)?;
+        let ((), sent, mut round, (last, last_round)) = tokio::try_join!(dump, images, files, pages)?;
+        drop(awaited);
         if let (Some(memory), Some(last)) = (memory.as_ref().filter(|memory| memory.owed_pages > 0), last.as_ref()) {
             // From now on: tasks may want a page while CRIU puts them together.
             let may_pack = trip.options.bandwidth.is_none();

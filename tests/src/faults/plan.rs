@@ -45,7 +45,7 @@ pub(crate) enum Owner {
 }
 
 /// Every phase, every journal write, every message and every step of the hand-over of a move that succeeds, in order.
-const POINTS: [(&str, Owner); 31] = [
+const POINTS: [(&str, Owner); 32] = [
     ("source:phase:negotiate", Owner::Alone),
     ("source:phase:preflight", Owner::Alone),
     ("destination:heard:offer", Owner::Source),
@@ -62,6 +62,7 @@ const POINTS: [(&str, Owner); 31] = [
     ("destination:say:armed", Owner::Source),
     ("source:phase:freeze", Owner::Source),
     ("source:phase:final-state", Owner::Source),
+    ("source:look", Owner::Source),
     ("source:phase:restore", Owner::Source),
     ("destination:heard:restore", Owner::Source),
     ("destination:restored", Owner::Source),
@@ -136,7 +137,7 @@ const SOMEWHERE: [(Mishap, &[&str]); 9] = [
         Mishap::OutOfMemory,
         &["source:phase:pre-copy", "source:phase:final-state", "destination:heard:restore", "destination:heard:commit"],
     ),
-    (Mishap::KillCriuHere, &["source:phase:freeze", "source:phase:final-state"]),
+    (Mishap::KillCriuHere, &["source:phase:freeze", "source:phase:final-state", "source:look"]),
     (
         Mishap::KillCriuThere,
         &[

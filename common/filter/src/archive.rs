@@ -2,12 +2,15 @@
 //!
 //! CRIU packs every tmpfs of a container with `tar --gzip` while the container is frozen, and unpacks it before it runs again
 //! (`tmpfs_dump` and `tmpfs_restore` in criu/filesystems.c, 4.2). A container of runc has five or six of them, most of
-//! them empty: at 3 to 5 ms each for starting tar and gzip that is a third of the downtime of a small container. The hold
-//! stands in for both programs. A tree with anything but plain entries is left to the real tar, and so is an archive:
-//! the two understand each other.
+//! them empty: at 3 to 5 ms each for starting tar and gzip that is a third of the downtime of a small container. CRIU forks, and calls
+//! execvp(3) in the child (`cr_system_userns` in criu/util.c): the child does tar's work by itself. A tree with anything but plain
+//! entries is left to the real tar, and so is an archive: the two understand each other.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
+use std::mem::ManuallyDrop;
+use std::os::fd::{FromRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown};
 use std::path::{Component, Path, PathBuf};
@@ -21,6 +24,30 @@ const MOST_BYTES: u64 = 4 << 20;
 /// The most entries.
 const MOST_ENTRIES: usize = 2000;
 
+/// Does what a command line asks of tar, from or to the standard streams; the exit code. Nothing if it is for the real tar.
+pub(crate) fn stand_in(words: &[OsString]) -> Option<i32> {
+    let (dir, packs) = asked(words)?;
+    let mut stream = stream(if packs { libc::STDOUT_FILENO } else { libc::STDIN_FILENO });
+    let done = if packs {
+        let mut output = io::BufWriter::new(&*stream);
+        create(&dir, &mut output).and_then(|done| output.flush().map(|()| done))
+    } else {
+        extract(&mut stream, &dir)
+    };
+    match done {
+        Ok(is_done) => is_done.then_some(0),
+        Err(error) => {
+            eprintln!("longhaul: can't pack or unpack a memory filesystem: {error}");
+            Some(1)
+        }
+    }
+}
+
+fn stream(fd: RawFd) -> ManuallyDrop<File> {
+    // SAFETY: a standard stream, which this process has for as long as it lives: it is not closed here.
+    ManuallyDrop::new(unsafe { File::from_raw_fd(fd) })
+}
+
 /// One entry, looked at before anything is written.
 struct Found {
     path: PathBuf,
@@ -28,7 +55,7 @@ struct Found {
 }
 
 /// Writes the tree below `dir`, on its own filesystem alone; false, with nothing written, if it is one for the real tar.
-pub fn create(dir: &Path, to: &mut impl Write) -> io::Result<bool> {
+fn create(dir: &Path, to: &mut impl Write) -> io::Result<bool> {
     let mut found = vec![Found { path: PathBuf::new(), metadata: fs::metadata(dir)? }];
     let device = found[0].metadata.dev();
     let mut bytes = 0;
@@ -102,7 +129,7 @@ fn append(builder: &mut Builder<&mut impl Write>, dir: &Path, entry: &Found) -> 
 }
 
 /// Unpacks an archive below `dir`; false if it is one for the real tar, which then finds `from` at its beginning.
-pub fn extract(from: &mut File, dir: &Path) -> io::Result<bool> {
+fn extract(from: &mut File, dir: &Path) -> io::Result<bool> {
     let mut magic = [0; 2];
     from.read_exact(&mut magic)?;
     from.rewind()?;
@@ -208,7 +235,7 @@ fn set_time(path: &Path, header: &Header) -> io::Result<()> {
 }
 
 /// What a command line of CRIU's asks of tar: the directory, and whether to pack it.
-pub fn asked(words: &[std::ffi::OsString]) -> Option<(PathBuf, bool)> {
+fn asked(words: &[OsString]) -> Option<(PathBuf, bool)> {
     let has = |option: &str| words.iter().any(|word| word.as_bytes() == option.as_bytes());
     let at = words.iter().position(|word| word.as_bytes() == b"--directory")?;
     let dir = PathBuf::from(words.get(at + 1)?);
