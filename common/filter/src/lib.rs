@@ -229,6 +229,7 @@ pub unsafe extern "C" fn openat64(dir: c_int, path: *const c_char, flags: c_int,
         }
         return fd;
     }
+    pages::opened(fd, path);
     if !smaps::is_one(path) {
         return fd;
     }

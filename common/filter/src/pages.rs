@@ -11,20 +11,28 @@
 //! A range of `shared-` is a mapping of such a piece. CRIU looks there for what tasks have in their page tables, a millisecond for each gigabyte
 //! and task, and makes nothing of it (`add_shmem_area` in criu/shmem.c): that is left out untold.
 //!
+//! Ranges of `guards-` are where a task may have guard pages (`MADV_GUARD_INSTALL`). CRIU looks for them in the whole of each task
+//! (`collect_madv_guards` in criu/mem.c), one to two milliseconds for each gigabyte; the agent has seen most of it anyway. The first is empty, and
+//! says that the task is known.
+//!
 //! ```text
-//! longhaul-filter 3                     longhaul-filter 3
+//! longhaul-filter 4                     longhaul-filter 4
 //! object 1 5f3                          smaps 4711
 //! 4711 7f0000000000 7f0040000000        4711 7f0000000000 7f0000ff0000
 //! shared-4711 7e0000000000 7e4000000000 object 1 5f3
+//! guards-4711 0 0
+//! guards-4711 7d0000000000 7d0000001000
 //! ```
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::CStr;
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::iter;
 use std::ops::Range;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`, linux/fs.h.
@@ -36,9 +44,11 @@ const AGENT: &str = "LONGHAUL_AGENT";
 /// What it writes in place of a table.
 const GIVEN_UP: &str = "given up";
 /// The first line of both files.
-const VERSION: &str = "longhaul-filter 3";
+const VERSION: &str = "longhaul-filter 4";
 /// `PAGE_IS_PRESENT`: a scan for it looks for content.
 const PRESENT: u64 = 1 << 3;
+/// `PAGE_IS_GUARD`, Linux 6.15.
+const GUARD: u64 = 1 << 8;
 /// `struct pm_scan_arg`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -67,6 +77,8 @@ struct Table {
     tasks: HashMap<i32, Vec<Range<u64>>>,
     /// Mappings of shared memory that is left out, in order, by task.
     mappings: HashMap<i32, Vec<Range<u64>>>,
+    /// Where guards may be, in order, by task: of these it is known that they have none elsewhere.
+    guards: HashMap<i32, Vec<Range<u64>>>,
     /// Shared memory, by device and inode.
     objects: HashSet<(u64, u64)>,
 }
@@ -162,6 +174,9 @@ fn parse(text: &str) -> Option<Table> {
             table.objects.insert((one, other));
         } else if let Some(pid) = subject.strip_prefix("shared-") {
             table.mappings.entry(pid.parse().ok()?).or_default().push(one..other);
+        } else if let Some(pid) = subject.strip_prefix("guards-") {
+            let guards = table.guards.entry(pid.parse().ok()?).or_default();
+            guards.extend((one < other).then_some(one..other));
         } else {
             table.tasks.entry(subject.parse().ok()?).or_default().push(one..other);
         }
@@ -176,12 +191,19 @@ pub(crate) fn objects() -> Option<&'static HashSet<(u64, u64)>> {
 
 /// The parts of a scan that are not to be left out; nothing if all of it is asked for. What is left out is told.
 pub(crate) fn visible_parts(fd: i32, scan: &ScanArg) -> Option<Vec<Range<u64>>> {
-    if scan.category_anyof_mask & PRESENT == 0 || scan.max_pages != 0 {
+    let whole = scan.start..scan.end;
+    if scan.max_pages != 0 {
+        return None;
+    }
+    if scan.category_mask == GUARD && scan.category_inverted == 0 && scan.category_anyof_mask == 0 {
+        let guards = the_filter()?.table.guards.get(&pagemap_of(fd)?)?;
+        return Some(parts_within(guards, &whole).collect());
+    }
+    if scan.category_anyof_mask & PRESENT == 0 {
         return None;
     }
     let filter = the_filter()?;
-    let pid = task_of(fd, "pagemap")?;
-    let whole = scan.start..scan.end;
+    let pid = pagemap_of(fd)?;
     let (visible, gone) = filter.table.visible(pid, &whole);
     if visible == [whole] {
         return None;
@@ -253,6 +275,24 @@ pub(crate) fn scan_parts(whole: &mut ScanArg, parts: &[Range<u64>], mut scan: im
     }
     whole.walk_end = whole.end;
     found as i32
+}
+
+/// Tasks by their open pagemaps, as far as descriptors are small: CRIU scans one hundreds of times.
+static PAGEMAPS: [AtomicI32; 256] = [const { AtomicI32::new(0) }; 256];
+
+/// CRIU has opened a file, maybe a pagemap.
+pub(crate) fn opened(fd: i32, path: &CStr) {
+    if path.to_bytes().ends_with(b"pagemap")
+        && let Some(place) = usize::try_from(fd).ok().and_then(|fd| PAGEMAPS.get(fd))
+    {
+        place.store(task_of(fd, "pagemap").unwrap_or(0), Ordering::Relaxed);
+    }
+}
+
+/// The task whose pagemap is scanned with a descriptor: no other file can be.
+fn pagemap_of(fd: i32) -> Option<i32> {
+    let known = usize::try_from(fd).ok().and_then(|fd| PAGEMAPS.get(fd)).map_or(0, |pid| pid.load(Ordering::Relaxed));
+    if known == 0 { task_of(fd, "pagemap") } else { Some(known) }
 }
 
 /// The task whose `/proc/<pid>/<file>` this is.
@@ -353,9 +393,9 @@ mod tests {
     #[test]
     fn a_table_of_another_version_is_not_read() {
         assert_eq!(parse("longhaul-filter 1\n1 0 1000\n"), None);
-        let table = parse("longhaul-filter 3\nobject 1 5f3\n17 1000 2000\n17 3000 4000\n18 0 1000\n").expect("reads");
+        let table = parse("longhaul-filter 4\nobject 1 5f3\n17 1000 2000\n17 3000 4000\n18 0 1000\n").expect("reads");
         assert_eq!(table.tasks[&17], [0x1000..0x2000, 0x3000..0x4000]);
-        assert_eq!(parse("longhaul-filter 3\nx\n"), None);
+        assert_eq!(parse("longhaul-filter 4\nx\n"), None);
     }
 
     #[test]
@@ -381,10 +421,17 @@ mod tests {
 
     #[test]
     fn mappings_of_shared_memory_are_left_out_untold() {
-        let table = parse("longhaul-filter 3\n17 10 20\nshared-17 30 40\nshared-18 0 90\n").expect("reads");
+        let table = parse("longhaul-filter 4\n17 10 20\nshared-17 30 40\nshared-18 0 90\n").expect("reads");
         let (hidden, whole) = (0x10..0x20, 0..0x50);
         assert_eq!(table.visible(17, &whole), (vec![0..0x10, 0x20..0x30, 0x40..0x50], vec![hidden]));
         assert_eq!(table.visible(18, &whole), (vec![], vec![]));
         assert_eq!(table.visible(19, &whole), (vec![whole], vec![]));
+    }
+
+    #[test]
+    fn a_task_without_guards_is_known() {
+        let table = parse("longhaul-filter 4\nguards-17 0 0\nguards-18 0 0\nguards-18 10 20\n").expect("reads");
+        assert_eq!((table.guards.get(&17), table.guards.get(&19)), (Some(&vec![]), None));
+        assert_eq!(table.guards[&18], [0x10..0x20]);
     }
 }

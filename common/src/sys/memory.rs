@@ -105,21 +105,51 @@ pub fn scan(
     walk(pagemap, area, &query, |region| found(region.start, region.end))
 }
 
-/// Calls `found` with every range of pages that have content, in order, and whether they were written since they were last
-/// protected: one walk over the page tables for both.
+/// Pages of a private area.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PrivatePages {
+    /// With content that was written since they were last protected.
+    Written,
+    /// With content that was not.
+    Unwritten,
+    /// Guards, which nobody can touch: they have no content. Not told before Linux 6.15.
+    Guard,
+}
+
+/// Calls `found` with every range of pages that have content, and of guards, in order: one walk over the page tables for all.
 ///
 /// # Errors
 /// As of [`scan`] for `TakeWritten`.
-pub fn scan_content_and_written(
+pub fn scan_frozen(
     pagemap: &File,
     area: (u64, u64),
     backing: Backing,
-    mut found: impl FnMut(u64, u64, bool),
+    mut found: impl FnMut(u64, u64, PrivatePages),
 ) -> io::Result<()> {
-    let query = Query::content(backing, PM_SCAN_CHECK_WPASYNC, 0, category::PRESENT);
+    let mut query = Query::content(backing, PM_SCAN_CHECK_WPASYNC, 0, category::PRESENT);
+    query.inverted &= !category::GUARD;
+    query.all_of &= !category::GUARD;
+    query.told |= guard();
     walk(pagemap, area, &query, |region| {
-        found(region.start, region.end, region.categories & category::WRITTEN != 0);
+        let pages = if region.categories & category::GUARD != 0 {
+            PrivatePages::Guard
+        } else if region.categories & category::WRITTEN != 0 {
+            PrivatePages::Written
+        } else {
+            PrivatePages::Unwritten
+        };
+        found(region.start, region.end, pages);
     })
+}
+
+/// Whether this kernel tells of guards.
+pub fn tells_guards() -> bool {
+    no_content() & category::GUARD != 0
+}
+
+/// The category of guards, where the kernel has it.
+fn guard() -> u64 {
+    no_content() & category::GUARD
 }
 
 /// Pages of a mapping of shared memory that the task may have written since they were last protected.
@@ -131,6 +161,8 @@ pub enum SharedPages {
     /// means that the kernel took them out of the task's page tables since, and with them the mark of having been written:
     /// after `MADV_DONTNEED`, or to swap them out.
     Unknown,
+    /// Guards, which are told beside one of the others: what was written there before may not be known. Not told before Linux 6.15.
+    Guard,
 }
 
 /// Calls `found` with every range of pages in `[start, end)`, a part of a mapping of shared memory, that the task may have written, in order.
@@ -149,9 +181,12 @@ pub fn scan_shared(
         inverted: category::PRESENT,
         all_of: 0,
         any_of: category::WRITTEN | category::PRESENT,
-        told: category::WRITTEN | category::SWAPPED,
+        told: category::WRITTEN | category::SWAPPED | guard(),
     };
     walk(pagemap, (start, end), &query, |region| {
+        if region.categories & category::GUARD != 0 {
+            found(region.start, region.end, SharedPages::Guard);
+        }
         if region.categories & category::WRITTEN != 0 {
             found(region.start, region.end, SharedPages::Written);
         } else if region.categories & category::SWAPPED == 0 {

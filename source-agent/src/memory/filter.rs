@@ -20,7 +20,7 @@ const AGENT: &str = "LONGHAUL_AGENT";
 const EVERYTHING: &str = "everything";
 const GIVEN_UP: &str = "given up";
 /// The first line of the table and of the answer.
-const VERSION: &str = "longhaul-filter 3";
+const VERSION: &str = "longhaul-filter 4";
 
 /// Whether it is known what a CRIU wants of smaps: `parse_smaps` of 4.2 takes the first line of each area, and its flags. One that
 /// wants more must not be given less.
@@ -32,6 +32,8 @@ pub fn knows_smaps_of(criu: CriuVersion) -> bool {
 const OBJECT: &str = "object";
 /// How the first word of lines about its mappings begins.
 const MAPPING: &str = "shared-";
+/// How that of lines about where a task may have guards begins.
+const GUARDS: &str = "guards-";
 
 /// The table's file.
 pub fn table_path(dir: &Path) -> PathBuf {
@@ -111,6 +113,12 @@ pub fn write_table(dir: &Path, looked: &Looked) -> io::Result<Vec<Hidden>> {
         for mapping in task.shared.iter().filter(|mapping| certain.contains(&mapping.inode)) {
             // Writing to a string can't fail.
             let _ = writeln!(text, "{MAPPING}{} {:x} {:x}", task.pid, mapping.start, mapping.end);
+        }
+        // The first says that the task is known: there may be no other.
+        let guards = task.guards.iter().flat_map(|guards| std::iter::once(&(0..0)).chain(guards));
+        for range in guards {
+            // Writing to a string can't fail.
+            let _ = writeln!(text, "{GUARDS}{} {:x} {:x}", task.pid, range.start, range.end);
         }
         all.push(Hidden { pid: task.pid, areas, content: [task.later.clone(), task.at_once.clone()] });
     }
@@ -247,12 +255,12 @@ mod tests {
         let told_file = dir.path().join("filter.told");
         std::fs::write(
             &told_file,
-            "longhaul-filter 3\n5 1000 3000\nsmaps 5\n6 0 1000\nlonghaul-filter 3\nobject 1 ff\n5 2000 8000\nobject 1 ff\n",
+            "longhaul-filter 4\n5 1000 3000\nsmaps 5\n6 0 1000\nlonghaul-filter 4\nobject 1 ff\n5 2000 8000\nobject 1 ff\n",
         )
         .expect("writes");
         let said = Said::read(dir.path());
         assert_eq!((told(&hidden), said.smaps, said.objects), (Told::Everything, 1, vec![0xff]));
-        std::fs::write(&told_file, "longhaul-filter 3\n5 1000 3000\n").expect("writes");
+        std::fs::write(&told_file, "longhaul-filter 4\n5 1000 3000\n").expect("writes");
         assert_eq!(told(&hidden), Told::Part { pid: 5, told: 2, expected: 4 });
     }
 }

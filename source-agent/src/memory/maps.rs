@@ -47,6 +47,8 @@ pub struct Areas {
     pub private: Vec<Private>,
     /// Shared ones.
     pub shared: Vec<Shared>,
+    /// All others, which are CRIU's.
+    pub others: Vec<Area>,
 }
 
 impl Areas {
@@ -59,8 +61,13 @@ impl Areas {
     pub fn parse(maps: &str, device: &Device) -> Self {
         let mut areas = Self::default();
         for line in maps.lines() {
-            areas.private.extend(parse(line));
-            areas.shared.extend(parse_shared(line, device));
+            if let Some(private) = parse(line) {
+                areas.private.push(private);
+            } else if let Some(shared) = parse_shared(line, device) {
+                areas.shared.push(shared);
+            } else {
+                areas.others.extend(line.split_ascii_whitespace().next().and_then(range_of));
+            }
         }
         areas
     }

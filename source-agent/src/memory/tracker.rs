@@ -124,6 +124,8 @@ pub struct Frozen {
     pub at_once: Vec<Area>,
     /// Mappings of shared memory that were looked at.
     pub shared: Vec<Shared>,
+    /// Where guards may be (`MADV_GUARD_INSTALL`): nowhere else are any. Nothing where that is not known.
+    pub guards: Option<Vec<Area>>,
 }
 
 /// The memory of a frozen container.
@@ -429,11 +431,13 @@ fn take_shared(
 ) -> io::Result<bool> {
     let mut unknown = Vec::new();
     for part in content {
-        let scanned = scan_shared(pagemap, (part.start, part.end), true, |start, end, pages| {
-            memory.note(area, start..end);
-            if pages == SharedPages::Unknown {
+        let scanned = scan_shared(pagemap, (part.start, part.end), true, |start, end, pages| match pages {
+            SharedPages::Written => memory.note(area, start..end),
+            SharedPages::Unknown => {
+                memory.note(area, start..end);
                 unknown.push(start..end);
             }
+            SharedPages::Guard => {}
         });
         match scanned {
             Ok(()) => {}

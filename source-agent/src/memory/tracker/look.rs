@@ -3,11 +3,11 @@
 use std::fs::File;
 use std::io;
 
-use longhaul_common::sys::memory::{Scan, scan_content_and_written, scan_shared};
+use longhaul_common::sys::memory::{PrivatePages, Scan, SharedPages, scan_frozen, scan_shared, tells_guards};
 use nix::libc;
 
 use super::super::flags::{self, Mark, marks};
-use super::super::maps::{Area, Areas, Device, OpenFiles, Private, Shared, status_bytes};
+use super::super::maps::{Area, Areas, Device, OpenFiles, Private, Shared, difference, status_bytes, union};
 use super::super::several::of_each;
 use super::super::shared::SharedMemory;
 use super::{Access, Frozen, Space, TrackError, backing, look, lose};
@@ -20,6 +20,8 @@ pub(super) struct Look {
     private: Vec<Private>,
     /// What it shares and may have written, with where that has content.
     pub(super) shared: Vec<(Shared, Vec<Area>)>,
+    /// What it maps beside these.
+    others: Vec<Area>,
 }
 
 /// What was found in a task.
@@ -64,18 +66,23 @@ pub(super) fn begin_look(space: &mut Space, pid: i32, seen: Seen, memory: &mut S
     if let Some(marks) = marks {
         space.marks = marks;
     }
-    let mut shared = Vec::new();
+    let (mut shared, mut others) = (Vec::new(), areas.others);
     for area in areas.shared {
-        let Some(content) = memory.meet(pid, &area, true) else { continue };
-        match space.shared.remove(&area) {
-            Some(Access::Write) => shared.push((area, content)),
-            Some(Access::Read) => {}
-            // New since the last round, or gone and come again: nothing is known of it.
-            None => memory.doubt(area.inode),
+        if let Some(content) = memory.meet(pid, &area, true) {
+            match space.shared.remove(&area) {
+                Some(Access::Write) => {
+                    shared.push((area, content));
+                    continue;
+                }
+                Some(Access::Read) => {}
+                // New since the last round, or gone and come again: nothing is known of it.
+                None => memory.doubt(area.inode),
+            }
         }
+        others.push(area.start..area.end);
     }
     lose(memory, space);
-    Look { pid, pagemap, private: areas.private, shared }
+    Look { pid, pagemap, private: areas.private, shared, others }
 }
 
 /// Looks at several tasks at a time: each of many may map all of the memory that they share, and nothing else has to be done yet.
@@ -83,26 +90,59 @@ pub(super) fn look_at_all(looks: &[(Look, &Space)]) -> Result<Vec<Found>, TrackE
     of_each(looks, |(look, space)| look.at(space).map_err(|source| TrackError::Look { pid: look.pid, source }))
 }
 
+/// Ranges that are close together become one: to ask for each would take longer than to look at what is between.
+fn coarse(ranges: Vec<Area>) -> Vec<Area> {
+    const CLOSE: u64 = 1 << 20;
+    let mut all: Vec<Area> = Vec::new();
+    for range in ranges {
+        match all.last_mut() {
+            Some(last) if range.start - last.end < CLOSE => last.end = range.end,
+            _ => all.push(range),
+        }
+    }
+    all
+}
+
 impl Look {
     fn at(&self, space: &Space) -> io::Result<Found> {
         let mappings = self.shared.iter().map(|(area, _)| area.clone()).collect();
         let mut frozen = Frozen { pid: self.pid, space: space.number, shared: mappings, ..Frozen::default() };
-        let shared = self.shared.iter().map(|(_, content)| self.written_in(content)).collect::<io::Result<_>>()?;
+        let mut guards = self.others.clone();
+        let mut shared = Vec::new();
+        for (mapping, content) in &self.shared {
+            let whole = mapping.start..mapping.end;
+            let mut has_guard = false;
+            let written = self.written_in(content, &mut has_guard)?;
+            if has_guard || written.is_none() {
+                guards.push(whole);
+            } else {
+                guards.extend(difference(&[whole], content));
+            }
+            shared.push(written);
+        }
         for private in &self.private {
             let at_once = private.is_file || space.mark(&private.area).is_some();
             let content = if at_once { &mut frozen.at_once } else { &mut frozen.later };
             let before = (frozen.written.len(), content.len());
             let Area { start, end } = private.area;
-            let found =
-                scan_content_and_written(&self.pagemap, (start, end), backing(private), |start, end, is_written| {
-                    if is_written {
-                        frozen.written.push(start..end);
+            let mut has_guard = false;
+            let found = scan_frozen(&self.pagemap, (start, end), backing(private), |start, end, pages| {
+                match pages {
+                    PrivatePages::Guard => {
+                        has_guard = true;
+                        return;
                     }
-                    match content.last_mut() {
-                        Some(last) if last.end == start && last.start >= private.area.start => last.end = end,
-                        _ => content.push(start..end),
-                    }
-                });
+                    PrivatePages::Written => frozen.written.push(start..end),
+                    PrivatePages::Unwritten => {}
+                }
+                match content.last_mut() {
+                    Some(last) if last.end == start && last.start >= private.area.start => last.end = end,
+                    _ => content.push(start..end),
+                }
+            });
+            if has_guard || found.is_err() {
+                guards.push(private.area.clone());
+            }
             match found {
                 Ok(()) => {}
                 // New since the last round: CRIU's.
@@ -118,14 +158,19 @@ impl Look {
             }
             frozen.followed.push(private.area.clone());
         }
+        frozen.guards = tells_guards().then(|| coarse(union(guards)));
         Ok(Found { frozen, shared })
     }
 
     /// What was written through a mapping of what has this content; nothing, if that can't be found out.
-    fn written_in(&self, content: &[Area]) -> io::Result<Option<Vec<Area>>> {
+    fn written_in(&self, content: &[Area], has_guard: &mut bool) -> io::Result<Option<Vec<Area>>> {
         let mut written = Vec::new();
         for part in content {
-            match scan_shared(&self.pagemap, (part.start, part.end), false, |start, end, _| written.push(start..end)) {
+            let scanned = scan_shared(&self.pagemap, (part.start, part.end), false, |start, end, pages| match pages {
+                SharedPages::Written | SharedPages::Unknown => written.push(start..end),
+                SharedPages::Guard => *has_guard = true,
+            });
+            match scanned {
                 Ok(()) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EPERM) => return Ok(None),
                 Err(error) => return Err(error),

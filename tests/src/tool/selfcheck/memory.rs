@@ -140,6 +140,72 @@ pub(super) fn flags() -> anyhow::Result<impl FnMut() -> anyhow::Result<()>> {
     })
 }
 
+/// Pages that nobody may touch, within memory with and without content, private and shared; one of them moves at each verification.
+pub(super) fn guards() -> anyhow::Result<impl FnMut() -> anyhow::Result<()>> {
+    const PAGES: usize = 8;
+    /// The last two have no content, and the very last is a guard for good.
+    const FILLED: usize = PAGES - 2;
+    struct Guarded {
+        region: Region,
+        is_private: bool,
+        /// What was written to each page, if it has content.
+        content: Vec<Option<Vec<u64>>>,
+        guard: usize,
+    }
+    impl Guarded {
+        fn install(&mut self) -> std::io::Result<()> {
+            if self.is_private {
+                self.content[self.guard] = None;
+            }
+            self.region.guard_page(self.guard)
+        }
+    }
+    let mut all = Vec::new();
+    for (sharing, seed) in [(Sharing::Private, 70), (Sharing::Shared, 80)] {
+        let mut region = Region::anonymous(PAGES * PAGE, sharing)?;
+        let content: Vec<_> =
+            (0..PAGES).map(|page| (page < FILLED).then(|| pattern::words(seed + page as u64, 0, PAGE_WORDS))).collect();
+        for (page, words) in content.iter().enumerate() {
+            let Some(words) = words else { continue };
+            region.words_mut()[page * PAGE_WORDS..][..PAGE_WORDS].copy_from_slice(words);
+        }
+        match region.guard_page(PAGES - 1) {
+            // This kernel has none, or none in shared memory.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => continue,
+            done => done?,
+        }
+        let mut guarded = Guarded { region, is_private: seed == 70, content, guard: 2 };
+        guarded.install()?;
+        all.push(guarded);
+    }
+    let mut generation = 0;
+    Ok(move || {
+        generation += 1;
+        for guarded in &mut all {
+            let kind = if guarded.is_private { "private" } else { "shared" };
+            for page in 0..PAGES {
+                let now = guarded.region.read_page(page);
+                if page == guarded.guard || page == PAGES - 1 {
+                    same(&format!("can {kind} guard {page} be read, which"), &now.is_ok(), &false)?;
+                    continue;
+                }
+                let wanted = guarded.content[page].clone().unwrap_or_else(|| vec![0; PAGE_WORDS]);
+                same_content(&format!("{kind} page {page}"), &now.context("a page beside a guard")?, &wanted)?;
+            }
+            let page = guarded.guard;
+            guarded.region.unguard_page(page)?;
+            let wanted = guarded.content[page].clone().unwrap_or_else(|| vec![0; PAGE_WORDS]);
+            same_content(&format!("{kind} page {page} behind the guard"), &guarded.region.read_page(page)?, &wanted)?;
+            let words = pattern::words(page as u64, generation, PAGE_WORDS);
+            guarded.region.words_mut()[page * PAGE_WORDS..][..PAGE_WORDS].copy_from_slice(&words);
+            guarded.content[page] = Some(words);
+            guarded.guard = (page + 1) % FILLED;
+            guarded.install()?;
+        }
+        Ok(())
+    })
+}
+
 /// The line of the mapping that contains `address`.
 fn map_line(map: &str, address: usize) -> Option<&str> {
     map.lines().find(|line| {

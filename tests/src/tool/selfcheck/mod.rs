@@ -237,6 +237,7 @@ fn add_memory(suite: &mut Suite, dir: &Path) -> anyhow::Result<()> {
     suite.add("memory-shared-file", || memory::shared_file(dir))?;
     suite.add("memfd", memory::memfd)?;
     suite.add("memory-flags", memory::flags)?;
+    suite.add("memory-guards", memory::guards)?;
     suite.add("heap", memory::heap)?;
     suite.add("stack", memory::stack)
 }

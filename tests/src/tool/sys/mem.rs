@@ -124,6 +124,29 @@ impl Region {
         self.advise_page(page, libc::MADV_REMOVE)
     }
 
+    /// Lets nobody touch a page (`MADV_GUARD_INSTALL`, Linux 6.13; of shared memory, 6.15): of private memory, it loses its content.
+    pub(crate) fn guard_page(&mut self, page: usize) -> io::Result<()> {
+        self.advise_page(page, 102)
+    }
+
+    /// The reverse.
+    pub(crate) fn unguard_page(&mut self, page: usize) -> io::Result<()> {
+        self.advise_page(page, 103)
+    }
+
+    /// A page's content, as the kernel reads it: `EFAULT` of a guard.
+    pub(crate) fn read_page(&self, page: usize) -> io::Result<Vec<u64>> {
+        assert!((page + 1) * PAGE <= self.length, "the page is within the mapping");
+        let mut words = vec![0; PAGE_WORDS];
+        let to = libc::iovec { iov_base: words.as_mut_ptr().cast(), iov_len: PAGE };
+        // SAFETY: the kernel reads from our own mapping and writes to a vector of that length.
+        check(unsafe {
+            let from = libc::iovec { iov_base: self.base.add(page * PAGE).as_ptr().cast(), iov_len: PAGE };
+            libc::process_vm_readv(libc::getpid(), &raw const to, 1, &raw const from, 1, 0) as i32
+        })?;
+        Ok(words)
+    }
+
     fn advise_page(&mut self, page: usize, advice: i32) -> io::Result<()> {
         assert!((page + 1) * PAGE <= self.length, "the page is within the mapping");
         // SAFETY: the page is part of our own mapping, checked above; any content is a valid u64.
