@@ -49,6 +49,28 @@ pub enum CgroupError {
     },
 }
 
+/// A container that is stopped for a moment: it goes on when this ends, also by a panic.
+#[derive(Debug)]
+pub struct Paused(Option<Freezer>);
+
+impl Paused {
+    /// Ends it.
+    ///
+    /// # Errors
+    /// What [`Freezer::thaw`] gives: the container may stand still.
+    pub fn end(mut self) -> Result<(), CgroupError> {
+        self.0.take().map_or(Ok(()), |freezer| freezer.thaw())
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        if let Some(Err(error)) = self.0.take().map(|freezer| freezer.thaw()) {
+            tracing::error!(%error, "a container that was stopped for a moment can't go on");
+        }
+    }
+}
+
 /// A container's cgroup in the hierarchy that has the freezer.
 #[derive(Debug, Clone)]
 pub struct Freezer {
@@ -93,18 +115,30 @@ impl Freezer {
         Ok(self.tasks()?.len() > own)
     }
 
-    /// Stops every task and returns when all have stopped.
+    /// Stops every task and returns when all have stopped. If that fails they go on.
     pub fn freeze(&self) -> Result<(), CgroupError> {
-        self.write(true)?;
+        let frozen = self.write(true).and_then(|()| self.wait_until_frozen());
+        if frozen.is_err() {
+            self.thaw()?;
+        }
+        frozen
+    }
+
+    fn wait_until_frozen(&self) -> Result<(), CgroupError> {
         let deadline = Instant::now() + FREEZE_DEADLINE;
         while !self.is_frozen()? {
             if Instant::now() > deadline {
-                self.write(false)?;
                 return Err(CgroupError::Stuck { path: self.dir.clone() });
             }
             std::thread::sleep(FREEZE_POLL);
         }
         Ok(())
+    }
+
+    /// Stops every task until the value that is returned ends.
+    pub fn pause(&self) -> Result<Paused, CgroupError> {
+        self.freeze()?;
+        Ok(Paused(Some(self.clone())))
     }
 
     /// Lets every task go on.

@@ -91,6 +91,9 @@ pub enum TrackerChoice {
     /// Soft-dirty bits, for which the container is stopped in each round.
     #[serde(rename = "soft-dirty")]
     SoftDirty,
+    /// No memory travels before the freeze.
+    #[serde(rename = "none")]
+    None,
 }
 
 /// `dest.toml`.

@@ -166,7 +166,11 @@ impl Armed {
 
     async fn end(&mut self, deadline: Duration) {
         if tokio::time::timeout(deadline, self.child.wait()).await.is_err() {
-            tracing::warn!("the runtime did not end after the checkpoint");
+            let waited_s = deadline.as_secs();
+            tracing::error!(
+                waited_s,
+                "the runtime did not end after the checkpoint: what CRIU has stopped stands still as long as CRIU is there"
+            );
             let _ = self.child.start_kill();
         }
     }

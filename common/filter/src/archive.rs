@@ -18,6 +18,8 @@ use std::path::{Component, Path, PathBuf};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use tar::{Archive, Builder, EntryType, Header};
 
+/// In the environment of a CRIU that the hold has started.
+const HOLD: &str = "LONGHAUL_HOLD";
 /// The most bytes of files taken: more is tar's work, which knows holes and streams. Larger than what a memory filesystem may have before
 /// it is copied in passes (`MUCH` in source-agent/src/inspect/tmpfs.rs): files have holes.
 const MOST_BYTES: u64 = 4 << 20;
@@ -26,6 +28,8 @@ const MOST_ENTRIES: usize = 2000;
 
 /// Does what a command line asks of tar, from or to the standard streams; the exit code. Nothing if it is for the real tar.
 pub(crate) fn stand_in(words: &[OsString]) -> Option<i32> {
+    // What is packed here no `tar --gzip` unpacks: only where both ends are ours.
+    std::env::var_os(HOLD)?;
     let (dir, packs) = asked(words)?;
     let mut stream = stream(if packs { libc::STDOUT_FILENO } else { libc::STDIN_FILENO });
     let done = if packs {

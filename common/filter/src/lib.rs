@@ -1,4 +1,4 @@
-//! Preloaded into CRIU's process by the hold. It stands in for twelve functions of the C library and passes everything else on.
+//! Preloaded into CRIU's process by the hold. It stands in for thirteen functions of the C library and passes everything else on.
 //!
 //! **Pages that CRIU need not save** ([`pages`]): CRIU finds a task's pages with `ioctl(PAGEMAP_SCAN)` (`pmc_fill` in
 //! criu/pagemap-cache.c, 4.2), or where there is no such thing with pread(2). The agent has sent most of them before; the answer leaves those out, by a table that the
@@ -89,8 +89,17 @@ macro_rules! real {
 
 /// What a function returns that the C library turns out not to have.
 fn not_there() -> c_int {
+    failed(libc::ENOSYS)
+}
+
+/// What CRIU is told where the agent has no use for its images any more.
+fn given_up() -> c_int {
+    failed(libc::ECANCELED)
+}
+
+fn failed(errno: c_int) -> c_int {
     // SAFETY: errno is this thread's own.
-    unsafe { *libc::__errno_location() = libc::ENOSYS };
+    unsafe { *libc::__errno_location() = errno };
     -1
 }
 
@@ -162,6 +171,9 @@ pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_voi
     if request != pages::PAGEMAP_SCAN || argument.is_null() {
         return pass_on(argument);
     }
+    if !restores() && pages::is_given_up() {
+        return given_up();
+    }
     // SAFETY: the argument of a PAGEMAP_SCAN is of this type, aligned and writable.
     let scan = unsafe { &mut *argument.cast::<pages::ScanArg>() };
     match pages::visible_parts(fd, scan) {
@@ -185,6 +197,9 @@ pub unsafe extern "C" fn pread64(fd: c_int, buffer: *mut c_void, length: usize, 
     // SAFETY: the caller's promise is passed on.
     let read = unsafe { real(fd, buffer, length, offset) };
     if read > 0 && offset >= 0 && !restores() {
+        if pages::is_given_up() {
+            return given_up() as isize;
+        }
         // SAFETY: the C library has just filled so many bytes of it.
         let bytes = unsafe { std::slice::from_raw_parts_mut(buffer.cast::<u8>(), read.unsigned_abs()) };
         pages::hide_entries(fd, bytes, offset.unsigned_abs());
@@ -234,13 +249,11 @@ pub unsafe extern "C" fn openat64(dir: c_int, path: *const c_char, flags: c_int,
         return fd;
     }
     if pages::is_given_up() {
-        // SAFETY: nobody else knows it; errno is this thread's own.
-        unsafe {
-            libc::close(fd);
-            *libc::__errno_location() = libc::ECANCELED;
-        }
-        return -1;
+        // SAFETY: nobody else knows it.
+        unsafe { libc::close(fd) };
+        return given_up();
     }
+    pages::waited();
     let Some(other) = smaps::instead_of(fd) else { return fd };
     // SAFETY: both are open, and nobody else knows them yet.
     unsafe {
@@ -258,6 +271,26 @@ pub unsafe extern "C" fn openat64(dir: c_int, path: *const c_char, flags: c_int,
 pub unsafe extern "C" fn openat(dir: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
     // SAFETY: the caller's promise is passed on.
     unsafe { openat64(dir, path, flags, mode) }
+}
+
+/// What a compiler that was given `_FORTIFY_SOURCE` makes of an `openat` without a mode.
+///
+/// # Safety
+/// As for openat(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn __openat64_2(dir: c_int, path: *const c_char, flags: c_int) -> c_int {
+    // SAFETY: the caller's promise is passed on.
+    unsafe { openat64(dir, path, flags, 0) }
+}
+
+/// As [`__openat64_2`].
+///
+/// # Safety
+/// As for openat(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn __openat_2(dir: c_int, path: *const c_char, flags: c_int) -> c_int {
+    // SAFETY: the caller's promise is passed on.
+    unsafe { openat64(dir, path, flags, 0) }
 }
 
 /// `lseek(2)`.

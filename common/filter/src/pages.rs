@@ -5,8 +5,10 @@
 //! what it sent: a CRIU that looks for pages in another way leaves no trace there, and its images hold everything. So are the
 //! tasks whose smaps were replaced.
 //!
-//! CRIU is at work before the table is there: who wants it waits for it. Where nothing is to be left out the file says something else, and
-//! `given up` where the agent has no use for images any more: then CRIU is told that it can't read a task's smaps, and fails.
+//! CRIU is at work before the table is there: who wants it waits until the file can be locked, which the agent has locked as long as it
+//! looks at the memory. Then the table is there from its first line to `end`; or the agent has given up or is gone, and CRIU is told
+//! that it can't read a task's smaps nor its pages, and fails. CRIU asks for smaps before it puts code into a task
+//! (`collect_mappings` in `dump_one_task`, criu/cr-dump.c): `waited` says that it did, and that the agent saw tasks as they were.
 //!
 //! A range of `shared-` is a mapping of such a piece. CRIU looks there for what tasks have in their page tables, a millisecond for each gigabyte
 //! and task, and makes nothing of it (`add_shmem_area` in criu/shmem.c): that is left out untold.
@@ -16,35 +18,33 @@
 //! says that the task is known.
 //!
 //! ```text
-//! longhaul-filter 4                     longhaul-filter 4
-//! object 1 5f3                          smaps 4711
-//! 4711 7f0000000000 7f0040000000        4711 7f0000000000 7f0000ff0000
-//! shared-4711 7e0000000000 7e4000000000 object 1 5f3
-//! guards-4711 0 0
+//! longhaul-filter 5                     longhaul-filter 5
+//! object 1 5f3                          waited
+//! 4711 7f0000000000 7f0040000000        smaps 4711
+//! shared-4711 7e0000000000 7e4000000000 4711 7f0000000000 7f0000ff0000
+//! guards-4711 0 0                       object 1 5f3
 //! guards-4711 7d0000000000 7d0000001000
+//! end
 //! ```
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{self, Read, Write};
 use std::iter;
 use std::ops::Range;
-use std::sync::OnceLock;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::time::Duration;
+use std::sync::{Once, OnceLock};
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`, linux/fs.h.
 pub(crate) const PAGEMAP_SCAN: std::ffi::c_ulong = 0xc060_6610;
 /// Where the table is.
 pub(crate) const TABLE: &str = "LONGHAUL_FILTER";
-/// The agent's process, which writes it.
-const AGENT: &str = "LONGHAUL_AGENT";
-/// What it writes in place of a table.
-const GIVEN_UP: &str = "given up";
-/// The first line of both files.
-const VERSION: &str = "longhaul-filter 4";
+/// The first line of both files, and the table's last.
+const VERSION: &str = "longhaul-filter 5";
+const END: &str = "end";
 /// `PAGE_IS_PRESENT`: a scan for it looks for content.
 const PRESENT: u64 = 1 << 3;
 /// `PAGE_IS_GUARD`, Linux 6.15.
@@ -105,7 +105,7 @@ fn ranges_of(ranges: &HashMap<i32, Vec<Range<u64>>>, pid: i32) -> &[Range<u64>] 
 /// What has come of the table.
 enum Answer {
     Filter(Filter),
-    /// Nothing is to be left out.
+    /// Nothing was to be left out.
     Everything,
     /// The agent has given up.
     GivenUp,
@@ -116,40 +116,41 @@ enum Answer {
 fn answer() -> &'static Answer {
     static ANSWER: OnceLock<Answer> = OnceLock::new();
     let load = |path: &str| {
-        let agent = std::env::var(AGENT).ok().and_then(|pid| pid.parse().ok());
-        let text = wait_for(path, agent)?;
-        if text.starts_with(GIVEN_UP) {
-            return None;
-        }
-        let open = |table| {
-            let mut told = OpenOptions::new().create(true).append(true).open(format!("{path}.told")).ok()?;
-            writeln!(told, "{VERSION}").ok()?;
-            Some(Filter { table, told })
-        };
-        Some(parse(&text).and_then(open).map_or(Answer::Everything, Answer::Filter))
+        let table = parse(&wait_for(path).ok()?)?;
+        let mut told = OpenOptions::new().create(true).append(true).open(format!("{path}.told")).ok()?;
+        writeln!(told, "{VERSION}").ok()?;
+        Some(Filter { table, told })
     };
-    ANSWER
-        .get_or_init(|| std::env::var(TABLE).map_or(Answer::Everything, |path| load(&path).unwrap_or(Answer::GivenUp)))
+    ANSWER.get_or_init(|| match std::env::var(TABLE) {
+        Err(_) => Answer::Everything,
+        Ok(path) => load(&path).map_or(Answer::GivenUp, Answer::Filter),
+    })
 }
 
-/// The content of a file that the agent puts there whole; nothing if it never will.
-fn wait_for(path: &str, agent: Option<i32>) -> Option<String> {
-    const LOOK_EVERY: Duration = Duration::from_micros(300);
-    loop {
-        if let Ok(text) = std::fs::read_to_string(path) {
-            return Some(text);
+/// What is in a file once the agent has let go of it.
+fn wait_for(path: &str) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    // SAFETY: takes no pointer, and the descriptor is open.
+    while unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_SH) } < 0 {
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
         }
-        // SAFETY: takes no pointer; signal 0 is none.
-        if agent.is_none_or(|pid| unsafe { libc::kill(pid, 0) } < 0) {
-            return None;
-        }
-        std::thread::sleep(LOOK_EVERY);
     }
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    Ok(text)
 }
 
 /// Whether CRIU must end here: it would save what nobody wants any more, while the container waits.
 pub(crate) fn is_given_up() -> bool {
     matches!(answer(), Answer::GivenUp)
+}
+
+/// CRIU wants to know a task's areas, and has waited for the table if it had not been there.
+pub(crate) fn waited() {
+    static TOLD: Once = Once::new();
+    TOLD.call_once(|| tell("waited\n"));
 }
 
 fn the_filter() -> Option<&'static Filter> {
@@ -160,7 +161,7 @@ fn the_filter() -> Option<&'static Filter> {
 }
 
 fn parse(text: &str) -> Option<Table> {
-    let mut lines = text.lines();
+    let mut lines = text.strip_suffix(END)?.lines();
     if lines.next() != Some(VERSION) {
         return None;
     }
@@ -391,37 +392,39 @@ mod tests {
     }
 
     #[test]
-    fn a_table_of_another_version_is_not_read() {
-        assert_eq!(parse("longhaul-filter 1\n1 0 1000\n"), None);
-        let table = parse("longhaul-filter 4\nobject 1 5f3\n17 1000 2000\n17 3000 4000\n18 0 1000\n").expect("reads");
+    fn a_table_of_another_version_or_without_its_end_is_not_read() {
+        assert_eq!(parse("longhaul-filter 1\n1 0 1000\nend"), None);
+        let table =
+            parse("longhaul-filter 5\nobject 1 5f3\n17 1000 2000\n17 3000 4000\n18 0 1000\nend").expect("reads");
         assert_eq!(table.tasks[&17], [0x1000..0x2000, 0x3000..0x4000]);
-        assert_eq!(parse("longhaul-filter 4\nx\n"), None);
+        for text in ["longhaul-filter 5\nx\nend", "longhaul-filter 5\n17 1000 2000\n", ""] {
+            assert_eq!(parse(text), None);
+        }
     }
 
     #[test]
-    fn the_table_is_waited_for_as_long_as_the_agent_lives() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let path = dir.path().join("table");
-        let name = path.to_str().expect("UTF-8");
-        let mut agent = std::process::Command::new("sleep").arg("60").spawn().expect("runs");
-        let pid = agent.id().cast_signed();
-        let waits = std::thread::scope(|scope| {
-            let waits = scope.spawn(|| wait_for(name, Some(pid)));
-            std::thread::sleep(Duration::from_millis(20));
-            std::fs::write(dir.path().join("partial"), "there").expect("writes");
-            std::fs::rename(dir.path().join("partial"), &path).expect("renames");
-            waits.join().expect("no panic")
+    fn the_table_is_waited_for_as_long_as_the_agent_has_it() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let name = file.path().to_str().expect("UTF-8");
+        let lock = |how| {
+            // SAFETY: takes no pointer.
+            assert_eq!(unsafe { libc::flock(file.as_file().as_raw_fd(), how) }, 0);
+        };
+        lock(libc::LOCK_EX);
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| wait_for(name));
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            assert!(!waits.is_finished());
+            file.as_file().write_all(b"there").expect("writes");
+            lock(libc::LOCK_UN);
+            assert_eq!(waits.join().expect("no panic").expect("reads"), "there");
         });
-        agent.kill().and_then(|()| agent.wait()).expect("ends");
-        assert_eq!(waits.as_deref(), Some("there"));
-        assert_eq!(wait_for(name, Some(pid)).as_deref(), Some("there"));
-        std::fs::remove_file(&path).expect("removes");
-        assert_eq!(wait_for(name, Some(pid)), None);
+        assert!(wait_for("/proc/self/none").is_err());
     }
 
     #[test]
     fn mappings_of_shared_memory_are_left_out_untold() {
-        let table = parse("longhaul-filter 4\n17 10 20\nshared-17 30 40\nshared-18 0 90\n").expect("reads");
+        let table = parse("longhaul-filter 5\n17 10 20\nshared-17 30 40\nshared-18 0 90\nend").expect("reads");
         let (hidden, whole) = (0x10..0x20, 0..0x50);
         assert_eq!(table.visible(17, &whole), (vec![0..0x10, 0x20..0x30, 0x40..0x50], vec![hidden]));
         assert_eq!(table.visible(18, &whole), (vec![], vec![]));
@@ -430,7 +433,7 @@ mod tests {
 
     #[test]
     fn a_task_without_guards_is_known() {
-        let table = parse("longhaul-filter 4\nguards-17 0 0\nguards-18 0 0\nguards-18 10 20\n").expect("reads");
+        let table = parse("longhaul-filter 5\nguards-17 0 0\nguards-18 0 0\nguards-18 10 20\nend").expect("reads");
         assert_eq!((table.guards.get(&17), table.guards.get(&19)), (Some(&vec![]), None));
         assert_eq!(table.guards[&18], [0x10..0x20]);
     }

@@ -15,7 +15,8 @@ use super::entry::{Content, ContentSum, Entry, EntryKind, Timestamp, TreeItem};
 use super::error::printable;
 use super::names::{check_path, split};
 use super::remove::remove_tree;
-use super::{MAX_DATA, TreeError, TreeKind, metadata, sys, write_back};
+use super::write_back::WriteBack;
+use super::{MAX_DATA, TreeError, TreeKind, metadata, sys};
 
 /// Applies a stream of items beneath a directory.
 ///
@@ -29,6 +30,7 @@ pub struct Writer {
     /// The times each directory touched since the last `finish` must have in the end.
     dir_times: HashMap<Vec<u8>, Times>,
     open: Option<OpenFile>,
+    write_back: WriteBack,
 }
 
 #[derive(Clone, Copy)]
@@ -59,7 +61,7 @@ impl Writer {
     pub fn open(root: &Path, kind: TreeKind) -> Result<Self, TreeError> {
         let path = root.as_os_str().as_encoded_bytes();
         let root = sys::open_root(root).map_err(TreeError::io("open the root", path))?;
-        Ok(Self { root, kind, parent: None, dir_times: HashMap::new(), open: None })
+        Ok(Self { root, kind, parent: None, dir_times: HashMap::new(), open: None, write_back: WriteBack::default() })
     }
 
     /// Applies one item.
@@ -75,7 +77,7 @@ impl Writer {
                 self.open = Some(open);
                 Ok(())
             }
-            (TreeItem::FileEnd { checksum }, Some(open)) => open.close(checksum, self.kind),
+            (TreeItem::FileEnd { checksum }, Some(open)) => open.close(checksum, self.kind, &self.write_back),
             (TreeItem::Entry(Entry { path, .. }) | TreeItem::Removed { path }, Some(open)) => {
                 Err(open.interrupted_by(format!("an item for {}", printable(&path))))
             }
@@ -87,7 +89,7 @@ impl Writer {
     /// Ends a pass: gives the directories their times. The writer is ready for the next pass.
     ///
     /// # Errors
-    /// [`TreeError::FileStillOpen`] if a file's end is missing, or [`TreeError::Io`].
+    /// [`TreeError::FileStillOpen`] if a file's end is missing, or [`TreeError::Io`]; also if the disk has refused something by now.
     pub fn finish(&mut self) -> Result<(), TreeError> {
         if let Some(open) = self.open.take() {
             return Err(open.interrupted_by("the end of the pass".to_owned()));
@@ -102,7 +104,7 @@ impl Writer {
                     .map_err(TreeError::io("set the times of", &path))?,
             }
         }
-        Ok(())
+        self.write_back.check()
     }
 
     fn entry(&mut self, entry: Entry) -> Result<(), TreeError> {
@@ -278,13 +280,13 @@ impl OpenFile {
     }
 
     /// Metadata comes last: writing would move the times and clear file capabilities.
-    fn close(self, declared: u64, kind: TreeKind) -> Result<(), TreeError> {
+    fn close(self, declared: u64, kind: TreeKind, write_back: &WriteBack) -> Result<(), TreeError> {
         let computed = self.sum.finish();
         if computed != declared {
             return Err(TreeError::Checksum { path: printable(&self.entry.path), declared, computed });
         }
         if self.written >= MUCH {
-            write_back::soon(&self.file);
+            write_back.soon(&self.file, &self.entry.path);
         }
         metadata::apply(self.file.as_fd(), &self.entry, kind)
     }

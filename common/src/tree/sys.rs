@@ -173,21 +173,23 @@ pub(super) const AT_A_TIME: u64 = 8 << 20;
 /// `ctime` (`page_mkwrite`, kernel `Documentation/filesystems/locking.rst`). Unlike fsync it commits no journal.
 pub(super) fn protect_mapped_pages(file: &File) -> io::Result<()> {
     let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
-    let mut at = 0;
-    loop {
-        // The container syncs on the same disk: it must not wait for a gigabyte.
-        sync_range(file, at, AT_A_TIME, flags)?;
-        at += AT_A_TIME;
-        if at >= file.metadata()?.len() {
-            return Ok(());
-        }
-    }
+    let end = file.metadata()?.len() / AT_A_TIME * AT_A_TIME;
+    // The container syncs on the same disk: it must not wait for a gigabyte.
+    (0..end).step_by(AT_A_TIME as usize).try_for_each(|at| sync_range(file, at, AT_A_TIME, flags))?;
+    // A length of 0: with all that was added meanwhile.
+    sync_range(file, end, 0, flags)
 }
 
 /// Begins to write dirty pages of a file back (a length of 0: to its end), and does not wait. A filesystem that can't is one that
 /// needs no write-back.
 pub(super) fn begin_write_back(file: &File, from: u64, length: u64) {
     let _ = sync_range(file, from, length, libc::SYNC_FILE_RANGE_WRITE);
+}
+
+/// Whether a file has no disk.
+pub(super) fn is_in_memory(file: &File) -> bool {
+    const RAMFS: i64 = 0x8584_58f6;
+    rustix::fs::fstatfs(file).is_ok_and(|filesystem| [libc::TMPFS_MAGIC, RAMFS].contains(&filesystem.f_type))
 }
 
 /// Waits for what was begun.
@@ -212,13 +214,13 @@ pub(super) fn unwritten_pages(file: &File) -> Option<u64> {
     (result == 0).then_some(found[1] + found[2])
 }
 
-/// Has what this thread writes to disks come after everybody else's (`IOPRIO_CLASS_IDLE`, ioprio_set(2)), where their scheduler knows
-/// priorities.
+/// Has what this thread writes to disks come after others' (the last of `IOPRIO_CLASS_BE`, ioprio_set(2)), where their scheduler knows
+/// priorities. Not `IOPRIO_CLASS_IDLE`: what a journal's commit waits for must come to the disk some time.
 pub(super) fn be_last_at_the_disk() {
     const THIS_THREAD: (libc::c_int, libc::c_int) = (1, 0);
-    const IDLE: libc::c_int = 3 << 13;
+    const LAST: libc::c_int = 2 << 13 | 7;
     // SAFETY: takes no pointer.
-    unsafe { libc::syscall(libc::SYS_ioprio_set, THIS_THREAD.0, THIS_THREAD.1, IDLE) };
+    unsafe { libc::syscall(libc::SYS_ioprio_set, THIS_THREAD.0, THIS_THREAD.1, LAST) };
 }
 
 /// The clock that inode times are taken from.

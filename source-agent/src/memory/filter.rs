@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use longhaul_common::host::CriuVersion;
 use longhaul_common::sys::memory::PAGE;
+use nix::fcntl::{Flock, FlockArg};
 
 use super::maps::{Area, early_pages, intersection, union};
 use super::several::of_each;
@@ -14,13 +17,12 @@ use super::tracker::Looked;
 
 /// The environment variable that names the table.
 const VARIABLE: &str = "LONGHAUL_FILTER";
-/// The one that names this process.
-const AGENT: &str = "LONGHAUL_AGENT";
-/// In place of a table: nothing is left out; or CRIU is to fail.
-const EVERYTHING: &str = "everything";
-const GIVEN_UP: &str = "given up";
 /// The first line of the table and of the answer.
-const VERSION: &str = "longhaul-filter 4";
+const VERSION: &str = "longhaul-filter 5";
+/// The table's last: without it CRIU fails.
+const END: &str = "end";
+/// What the library says where CRIU wants to know a task's areas, which is before it does anything to the task.
+const WAITED: &str = "waited";
 
 /// Whether it is known what a CRIU wants of smaps: `parse_smaps` of 4.2 takes the first line of each area, and its flags. One that
 /// wants more must not be given less.
@@ -40,43 +42,50 @@ pub fn table_path(dir: &Path) -> PathBuf {
     dir.join("filter")
 }
 
-/// Entries of CRIU's environment. It waits for the table as long as this process lives.
-pub fn environment(dir: &Path) -> Vec<String> {
-    vec![format!("{VARIABLE}={}", table_path(dir).display()), format!("{AGENT}={}", std::process::id())]
+/// The table that CRIU waits for: its library can't lock the file while this process has it locked. When this ends, however it does,
+/// the kernel lets go of the lock, and CRIU goes on by the table; or it fails, if there is no whole one.
+#[derive(Debug)]
+pub struct Awaited {
+    answer: Answer,
+    /// The entry of CRIU's environment.
+    pub environment: String,
 }
 
-/// CRIU was told to go, and waits for the table. If that is not there when this ends, there will be none.
-#[derive(Debug)]
-pub struct Awaited(PathBuf);
+/// Where the table is put.
+#[derive(Debug, Clone)]
+pub struct Answer(Arc<Mutex<Option<Flock<File>>>>);
 
 impl Awaited {
-    /// For the table in `dir`.
-    pub fn new(dir: &Path) -> Self {
-        Self(dir.to_owned())
+    /// Before CRIU is started. The table is put into `dir`.
+    pub fn new(dir: &Path) -> io::Result<Self> {
+        let path = table_path(dir);
+        let file = File::create(&path)?;
+        let locked = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)?;
+        let environment = format!("{VARIABLE}={}", path.display());
+        Ok(Self { answer: Answer(Arc::new(Mutex::new(Some(locked)))), environment })
     }
 
-    /// Nothing is to be left out.
-    pub fn is_everything(&self) -> io::Result<()> {
-        answer(&self.0, EVERYTHING)
+    /// For whoever finds out what is in the table.
+    pub fn answer(&self) -> Answer {
+        self.answer.clone()
     }
 }
 
 impl Drop for Awaited {
     fn drop(&mut self) {
-        if !table_path(&self.0).exists()
-            && let Err(error) = answer(&self.0, GIVEN_UP)
-        {
-            tracing::error!(%error, "CRIU can't be told to give up");
-        }
+        drop(self.answer.take());
     }
 }
 
-/// Whole or not at all: CRIU is waiting already.
-fn answer(dir: &Path, text: &str) -> io::Result<()> {
-    let path = table_path(dir);
-    let partial = path.with_extension("partial");
-    std::fs::write(&partial, text)?;
-    std::fs::rename(partial, path)
+impl Answer {
+    fn take(&self) -> Option<Flock<File>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn give(&self, table: &str) -> io::Result<()> {
+        let mut file = self.take().ok_or_else(|| io::Error::other("the migration has been given up meanwhile"))?;
+        file.write_all(table.as_bytes())
+    }
 }
 
 /// What CRIU has to leave out of one task.
@@ -89,13 +98,13 @@ pub struct Hidden {
     content: [Vec<Area>; 2],
 }
 
-/// Writes what CRIU is to read instead of a frozen task's smaps. Before the table: CRIU begins as soon as that is there.
+/// Writes what CRIU is to read instead of a frozen task's smaps. Before the table: CRIU goes on as soon as that is there.
 pub fn write_smaps(dir: &Path, pid: i32, summary: &str) -> io::Result<()> {
     std::fs::write(format!("{}.smaps.{pid}", table_path(dir).display()), summary)
 }
 
 /// Writes the table for a frozen container: all areas the tracker followed but the pages that are needed early, and shared memory.
-pub fn write_table(dir: &Path, looked: &Looked) -> io::Result<Vec<Hidden>> {
+pub fn write_table(answer: &Answer, looked: &Looked) -> io::Result<Vec<Hidden>> {
     let mut text = format!("{VERSION}\n");
     let mut all = Vec::new();
     for object in &looked.objects {
@@ -122,7 +131,8 @@ pub fn write_table(dir: &Path, looked: &Looked) -> io::Result<Vec<Hidden>> {
         }
         all.push(Hidden { pid: task.pid, areas, content: [task.later.clone(), task.at_once.clone()] });
     }
-    answer(dir, &text)?;
+    text.push_str(END);
+    answer.give(&text)?;
     Ok(all)
 }
 
@@ -131,7 +141,7 @@ pub fn write_table(dir: &Path, looked: &Looked) -> io::Result<Vec<Hidden>> {
 pub enum Told {
     /// It left out all it had to.
     Everything,
-    /// It was never asked: CRIU's images hold all memory.
+    /// It was not asked before CRIU began with tasks, which must not be while the agent looks at them.
     Nothing,
     /// It was asked for some areas of a task only.
     Part {
@@ -147,8 +157,10 @@ pub enum Told {
 /// What CRIU's library says it did.
 #[derive(Debug, Default)]
 pub struct Said {
-    /// The areas it left out, by task, in order and without overlaps; nothing, if it was not asked.
-    left_out: Option<BTreeMap<i32, Vec<Area>>>,
+    /// CRIU waited for the table where it had to.
+    waited: bool,
+    /// The areas it left out, by task, in order and without overlaps.
+    left_out: BTreeMap<i32, Vec<Area>>,
     /// Tasks whose smaps it replaced, because of [`write_smaps`].
     pub smaps: usize,
     /// Shared memory it left out, by inode.
@@ -171,6 +183,10 @@ impl Said {
         let mut said = Self::default();
         let mut left_out: BTreeMap<i32, Vec<Area>> = BTreeMap::new();
         for line in lines {
+            if line == WAITED {
+                said.waited = true;
+                continue;
+            }
             let (subject, rest) = line.split_once(' ')?;
             let numbers = rest.split_once(' ').map(|(one, other)| (number(one), number(other)));
             match (subject, numbers) {
@@ -183,20 +199,18 @@ impl Said {
         // CRIU may ask more than once.
         said.objects.sort_unstable();
         said.objects.dedup();
-        said.left_out = Some(left_out.into_iter().map(|(pid, ranges)| (pid, union(ranges))).collect());
+        said.left_out = left_out.into_iter().map(|(pid, ranges)| (pid, union(ranges))).collect();
         Some(said)
     }
 
     /// Compares what was left out with what had to be.
     pub fn compare(&self, hidden: &[Hidden]) -> Told {
-        let expected = |hidden: &Hidden| pages_in(&hidden.areas, &hidden.content);
-        let Some(told) = &self.left_out else {
-            let nothing = hidden.iter().all(|hidden| expected(hidden) == 0);
-            return if nothing { Told::Everything } else { Told::Nothing };
-        };
+        if !self.waited {
+            return Told::Nothing;
+        }
         for hidden in hidden {
-            let expected = expected(hidden);
-            let ranges = told.get(&hidden.pid).map(Vec::as_slice).unwrap_or_default();
+            let expected = pages_in(&hidden.areas, &hidden.content);
+            let ranges = self.left_out.get(&hidden.pid).map(Vec::as_slice).unwrap_or_default();
             let told = pages_in(ranges, &hidden.content);
             if told != expected {
                 return Told::Part { pid: hidden.pid, told, expected };
@@ -255,12 +269,35 @@ mod tests {
         let told_file = dir.path().join("filter.told");
         std::fs::write(
             &told_file,
-            "longhaul-filter 4\n5 1000 3000\nsmaps 5\n6 0 1000\nlonghaul-filter 4\nobject 1 ff\n5 2000 8000\nobject 1 ff\n",
+            "longhaul-filter 5\nwaited\n5 1000 3000\nsmaps 5\n6 0 1000\nlonghaul-filter 5\nobject 1 ff\n5 2000 8000\nobject 1 ff\n",
         )
         .expect("writes");
         let said = Said::read(dir.path());
         assert_eq!((told(&hidden), said.smaps, said.objects), (Told::Everything, 1, vec![0xff]));
-        std::fs::write(&told_file, "longhaul-filter 4\n5 1000 3000\n").expect("writes");
+        std::fs::write(&told_file, "longhaul-filter 5\nwaited\n5 1000 3000\n").expect("writes");
         assert_eq!(told(&hidden), Told::Part { pid: 5, told: 2, expected: 4 });
+        std::fs::write(&told_file, "longhaul-filter 5\n5 1000 8000\n").expect("writes");
+        assert_eq!(told(&hidden), Told::Nothing);
+    }
+
+    #[test]
+    fn an_answer_that_comes_too_late_is_none() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let is_locked = || {
+            let file = File::open(table_path(dir.path())).expect("opens");
+            Flock::lock(file, FlockArg::LockSharedNonblock).is_err()
+        };
+        let content = || std::fs::read_to_string(table_path(dir.path())).expect("reads");
+        let awaited = Awaited::new(dir.path()).expect("locks");
+        assert!(is_locked());
+        assert!(write_table(&awaited.answer(), &Looked::default()).is_ok());
+        assert!(!is_locked() && content().ends_with(END));
+        let awaited = Awaited::new(dir.path()).expect("locks");
+        let answer = awaited.answer();
+        assert!(is_locked());
+        drop(awaited);
+        assert!(!is_locked());
+        assert!(write_table(&answer, &Looked::default()).is_err());
+        assert_eq!(content(), "");
     }
 }

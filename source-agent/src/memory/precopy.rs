@@ -31,6 +31,8 @@ use crate::report::millis;
 const BUSY_DEADLINE: Duration = Duration::from_secs(120);
 /// How often it is looked at.
 const BUSY_POLL: Duration = Duration::from_millis(20);
+/// Takes in a row that may meet a task that can't be stopped, each for as long as a freeze is waited for.
+const STUCK_TAKES: u32 = 8;
 
 /// Memory that can't be moved.
 #[derive(Debug, Error)]
@@ -50,6 +52,12 @@ pub enum MemoryError {
     /// The table for CRIU.
     #[error("can't write the table of pages for CRIU")]
     Table(#[source] std::io::Error),
+    /// CRIU began before it was told what to leave out.
+    #[error(
+        "CRIU did not wait for the agent to look at the frozen memory: the library that is preloaded into it (`filter` in source.toml) was not asked \
+         for a task's smaps; the container was not moved. With `tracker = \"none\"` there, all memory goes in CRIU's images"
+    )]
+    Unasked,
     /// CRIU left out something else than what was sent.
     #[error(
         "CRIU left {told} pages of task {pid} out of its images, {expected} were sent beside it: this CRIU looks for pages in an \
@@ -66,6 +74,13 @@ pub enum MemoryError {
     /// A thread.
     #[error("a thread of the agent ended unexpectedly")]
     Panicked,
+}
+
+impl MemoryError {
+    /// A task could not be stopped just now, and the container goes on.
+    fn is_stuck(&self) -> bool {
+        matches!(self, Self::Track(TrackError::Cgroup(CgroupError::Stuck { .. })))
+    }
 }
 
 /// One round, as it is reported.
@@ -115,6 +130,8 @@ pub struct Precopy {
     speeds: VecDeque<f64>,
     last_take: Option<Instant>,
     busy_since: Option<Instant>,
+    /// How often in a row a task could not be stopped.
+    stuck: u32,
     postcopy: PostCopy,
     /// What was written last is fetched later.
     owes: bool,
@@ -144,8 +161,8 @@ pub enum Step {
     },
     /// It is time to freeze, and what was written last is to be fetched later.
     PostCopy,
-    /// Memory is still arriving from the last move.
-    Waiting,
+    /// Nothing can be looked at just now, for this reason.
+    Waiting(&'static str),
 }
 
 /// What the last round found.
@@ -176,6 +193,7 @@ impl Precopy {
             speeds: VecDeque::new(),
             last_take: None,
             busy_since: None,
+            stuck: 0,
             postcopy,
             owes: false,
             owed_pages: 0,
@@ -238,10 +256,17 @@ impl Precopy {
                 if self.busy_since.get_or_insert_with(Instant::now).elapsed() < BUSY_DEADLINE =>
             {
                 tokio::time::sleep(BUSY_POLL).await;
-                return Ok(Step::Waiting);
+                return Ok(Step::Waiting("memory of the last move is still arriving here"));
+            }
+            // A tracker that stops the container met a task that can't be stopped now.
+            Err(error) if error.is_stuck() && self.stuck < STUCK_TAKES => {
+                self.stuck += 1;
+                tokio::time::sleep(BUSY_POLL).await;
+                return Ok(Step::Waiting("a task waits in the kernel and can't be stopped just now"));
             }
             Err(error) => return Err(error),
         };
+        self.stuck = 0;
         let since = self.last_take.replace(start).map(|last| last.elapsed());
         let bytes: u64 = taken.iter().map(SpacePages::bytes).sum();
         let dirty_mib_per_s = since.map_or(0.0, |since| mib(bytes) / since.as_secs_f64().max(1e-6));
@@ -376,7 +401,12 @@ impl Precopy {
     /// One more round whatever it brings: what was written while the runtimes were started.
     pub async fn last_live_round(&mut self) -> Result<(), MemoryError> {
         let start = Instant::now();
-        let mut taken = self.take().await?;
+        let mut taken = match self.take().await {
+            Ok(taken) => taken,
+            // It stays marked as written, and goes while the container is frozen.
+            Err(error) if error.is_stuck() => return Ok(()),
+            Err(error) => return Err(error),
+        };
         if self.owes {
             let is_own = |pages: &SpacePages| matches!(pages.origin, Origin::Task(_));
             let (own, shared): (Vec<_>, Vec<_>) = taken.into_iter().partition(is_own);
@@ -444,7 +474,7 @@ impl Precopy {
 
     /// Looks at the frozen container and tells CRIU's library, by a table in `dir`, what to leave out. CRIU may be at work: it has stopped
     /// tasks, and waits before it does more to one.
-    pub async fn look_frozen(&self, dir: &Path) -> Result<LastRound, MemoryError> {
+    pub async fn look_frozen(&self, dir: &Path, answer: filter::Answer) -> Result<LastRound, MemoryError> {
         let tasks = self.freezer.tasks()?;
         let (tracker, dir, replaces_smaps) = (self.tracker.clone(), dir.to_owned(), !self.outlook.reads_smaps);
         let looked = tokio::task::spawn_blocking(move || {
@@ -455,7 +485,7 @@ impl Precopy {
                 of_each(&tasks, write).map_err(MemoryError::Table)?;
             }
             fault::point("source:look");
-            let hidden = filter::write_table(&dir, &looked).map_err(MemoryError::Table)?;
+            let hidden = filter::write_table(&answer, &looked).map_err(MemoryError::Table)?;
             Ok::<_, MemoryError>(LastRound { looked, hidden })
         });
         looked.await.map_err(|_| MemoryError::Panicked)?
@@ -508,20 +538,17 @@ impl LastRound {
     /// Compares what CRIU left out with what was sent beside it.
     pub fn check(&self, dir: &Path) -> Result<LeftOut, MemoryError> {
         let said = Said::read(dir);
-        let has_all = match said.compare(&self.hidden) {
-            Told::Everything => true,
-            Told::Nothing => false,
-            Told::Part { pid, told, expected } => return Err(MemoryError::Filter { pid, told, expected }),
-        };
-        Ok(LeftOut { has_all, smaps: said.smaps > 0, objects: said.objects })
+        match said.compare(&self.hidden) {
+            Told::Everything => Ok(LeftOut { smaps: said.smaps > 0, objects: said.objects }),
+            Told::Nothing => Err(MemoryError::Unasked),
+            Told::Part { pid, told, expected } => Err(MemoryError::Filter { pid, told, expected }),
+        }
     }
 }
 
 /// What is not in CRIU's images.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LeftOut {
-    /// All that was to be left out. Otherwise the images hold everything, because CRIU's library was not asked.
-    pub has_all: bool,
     /// CRIU read no smaps.
     pub smaps: bool,
     /// Shared memory, by its inodes.

@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use longhaul_common::cgroup::Freezer;
@@ -100,7 +100,7 @@ fn push(ranges: &mut Vec<Area>, page: u64, from: u64) {
 
 /// Whether this kernel has such bits: it clears those of this process, and looks for one.
 pub fn works() -> bool {
-    static WORKS: OnceLock<bool> = OnceLock::new();
+    static WORKS: AtomicBool = AtomicBool::new(false);
     let look = || -> io::Result<bool> {
         let mut page = LonePage::new()?;
         let is_written = |page: &LonePage| {
@@ -115,7 +115,11 @@ pub fn works() -> bool {
         page.write(2);
         Ok(!before && is_written(&page)?)
     };
-    *WORKS.get_or_init(|| look().unwrap_or(false))
+    WORKS.load(Ordering::Relaxed) || {
+        let works = look().unwrap_or(false);
+        WORKS.store(works, Ordering::Relaxed);
+        works
+    }
 }
 
 /// Clears the bits of a task.
@@ -313,9 +317,9 @@ impl Tracker for SoftDirty {
 
     fn take(&mut self, _tasks: &[i32]) -> Result<Taken, TrackError> {
         let start = Instant::now();
-        self.freezer.freeze()?;
+        let paused = self.freezer.pause()?;
         let taken = self.take_frozen();
-        let thawed = self.freezer.thaw();
+        let thawed = paused.end();
         self.longest_stop = self.longest_stop.max(start.elapsed());
         thawed?;
         taken

@@ -212,6 +212,7 @@ fn choose(trip: &Trip, init: i32, freezer: &Freezer) -> Result<Box<dyn Tracker>,
     let failed = |error: std::io::Error| Without(error.to_string());
     let soft_dirty = || SoftDirty::new(init, freezer.clone(), trip.env.paused.clone(), &trip.migration).map_err(failed);
     match trip.env.config.tracker {
+        TrackerChoice::None => Err(Without("source.toml has `tracker = \"none\"`".to_owned())),
         TrackerChoice::WriteProtect => Ok(Box::new(WriteProtect::new(init).map_err(failed)?)),
         TrackerChoice::SoftDirty if soft_dirty::works() => Ok(Box::new(soft_dirty()?)),
         TrackerChoice::SoftDirty => {
@@ -275,7 +276,7 @@ async fn copy_in_rounds(
     let mut tuned = trip.job.tuning.subscribe();
     // Also what was changed since the limits were read.
     tuned.mark_changed();
-    let mut told_to_wait = false;
+    let mut told_to_wait = None;
     loop {
         let (before, total) = (meter.bytes(), inspection.description.memory_bytes);
         let round = memory.rounds.len() + 1;
@@ -319,9 +320,9 @@ async fn copy_in_rounds(
                     report.memory.rounds.push(round);
                 });
             }
-            Ok(Step::Waiting) => {
-                if !std::mem::replace(&mut told_to_wait, true) {
-                    trip.progress("pre-copy", "memory of the last move is still arriving here".to_owned(), 0, 0);
+            Ok(Step::Waiting(why)) => {
+                if told_to_wait.replace(why) != Some(why) {
+                    trip.progress("pre-copy", why.to_owned(), 0, 0);
                 }
             }
             Ok(Step::Freeze | Step::PostCopy) => return Ok(None),
@@ -380,13 +381,17 @@ impl Copied {
         }));
         let tmpfs = prepared.inspection.description.tmpfs.iter().enumerate();
         keys.extend(tmpfs.map(|(index, tmpfs)| format!("mnt[{}]:{}", tmpfs.destination, rpc::external_tmpfs(index))));
+        let awaited = match pages {
+            Pages::None => None,
+            Pages::Eager | Pages::Lazy => Some(filter::Awaited::new(&trip.dir).map_err(MemoryError::Table)?),
+        };
         let externals = Externals {
             keys,
             // With every interface's other end in our hands, or no interface at all.
             own_network_lock: matches!(prepared.inspection.description.network, Network::Own { .. }),
             single_cgroup: prepared.inspection.description.single_cgroup,
             netns: single_netns.then(|| format!("/proc/{}/ns/net", live.init)),
-            environment: if pages == Pages::None { Vec::new() } else { filter::environment(&trip.dir) },
+            environment: awaited.iter().map(|awaited| awaited.environment.clone()).collect(),
         };
         // First on record: what is started now outlives an agent that is killed.
         let owes = prepared.memory.as_ref().is_some_and(Precopy::owes);
@@ -398,6 +403,6 @@ impl Copied {
         prepared.session.arm(descriptors?, neighbours, pages).await?;
         // A database's log grows by megabytes while the runtimes are started.
         prepared.catch_up(trip).await?;
-        Ok(Ready { prepared, pages })
+        Ok(Ready { prepared, pages, awaited })
     }
 }

@@ -14,7 +14,6 @@ use super::{IMAGE_QUEUE, MigrationError, Trip};
 use crate::checkpoint::{CheckpointError, images_dir};
 use crate::images::{ImageSender, Sent};
 use crate::memory::filter;
-use crate::memory::precopy::MemoryError;
 use crate::memory::serve::Serving;
 use crate::peer::{Pages, Session};
 use crate::push::{Pass, Round};
@@ -24,6 +23,8 @@ use crate::report::PostCopyReport;
 pub(super) struct Ready {
     pub(super) prepared: Prepared,
     pub(super) pages: Pages,
+    /// CRIU waits for what it has to leave out of memory.
+    pub(super) awaited: Option<filter::Awaited>,
 }
 
 /// Freezes that are tried while a task can't be stopped: a disk that is busy for longer than these is in trouble.
@@ -57,7 +58,8 @@ impl Ready {
                 done => {
                     done?;
                     trip.step("freeze", at.elapsed());
-                    return Ok(Frozen { prepared: self.prepared, pages: self.pages, at, serving: None });
+                    let Self { prepared, pages, awaited } = self;
+                    return Ok(Frozen { prepared, pages, awaited, at, serving: None });
                 }
             }
             // What it does until the next attempt must not fall into the downtime.
@@ -73,6 +75,7 @@ impl Ready {
 pub(super) struct Frozen {
     pub(super) prepared: Prepared,
     pages: Pages,
+    awaited: Option<filter::Awaited>,
     /// Since when.
     pub(super) at: Instant,
     /// Sends what is owed of its memory.
@@ -89,11 +92,8 @@ impl Frozen {
     pub(super) async fn save(mut self, trip: &Trip) -> Result<Saved, MigrationError> {
         self.prepared.recheck_mapped()?;
         let Prepared { peer, inspection, trees, memory, .. } = &mut self.prepared;
-        // CRIU begins at once, and waits for what is found out about the memory where it wants it.
-        let awaited = filter::Awaited::new(&trip.dir);
-        if memory.is_none() {
-            awaited.is_everything().map_err(MemoryError::Table)?;
-        }
+        // CRIU begins at once, and waits for what is found out about the memory where it wants it; no longer than this lasts.
+        let awaited = self.awaited.take();
         let finish = Arc::new(AtomicBool::new(false));
         let (messages, receiver) = mpsc::channel(IMAGE_QUEUE);
         let (dir, migration, flag) = (images_dir(&trip.dir), trip.migration.clone(), finish.clone());
@@ -121,8 +121,8 @@ impl Frozen {
             Ok::<Round, MigrationError>(round?)
         };
         let pages = async {
-            let Some(memory) = memory.as_mut() else { return Ok((None, None)) };
-            let last = memory.look_frozen(&trip.dir).await?;
+            let Some((memory, awaited)) = memory.as_mut().zip(awaited.as_ref()) else { return Ok((None, None)) };
+            let last = memory.look_frozen(&trip.dir, awaited.answer()).await?;
             trip.step("memory-scan", start.elapsed());
             let round = memory.send_last(&last).await?;
             trip.step("memory-pages", start.elapsed());
@@ -145,11 +145,6 @@ impl Frozen {
         if let Some(left_out) = &left_out {
             let flags_from = if left_out.smaps { "iterator" } else { "smaps" };
             trip.job.note(|report| report.memory.flags_from = Some(flags_from.to_owned()));
-            if !left_out.has_all {
-                let reason = "this CRIU did not ask the library that leaves pages out: its images held all memory";
-                tracing::warn!(reason);
-                trip.job.note(|report| report.memory.fallback = Some(reason.to_owned()));
-            }
         }
         if made_links(&trip.dir) {
             // CRIU linked unlinked files back into the tree for the restore: they have to be there, too.

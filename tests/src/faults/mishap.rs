@@ -30,7 +30,9 @@ pub(crate) enum Mishap {
     /// The destination's journal can't grow.
     DiskFull,
     /// Nor what it keeps in memory.
-    MemoryFull,
+    MemoryFullThere,
+    /// What the source agent keeps in memory has no room left.
+    MemoryFullHere,
     /// The kernel kills the destination agent because it has no memory left.
     OutOfMemory,
     /// CRIU is killed, and the hold between it and the runtime, which has its name.
@@ -66,7 +68,8 @@ impl Mishap {
             // checksums: it arrives like that.
             Self::CorruptBytes => on_answers(to, "numgen random mod 5 == 0 @th,256,8 set 0x5a"),
             Self::DiskFull => fill_journal(to),
-            Self::MemoryFull => limit_memory_dir(to),
+            Self::MemoryFullThere => limit_memory_dir(to, "dest"),
+            Self::MemoryFullHere => limit_memory_dir(from, "source"),
             Self::OutOfMemory => starve(to),
             Self::KillCriuHere => signal(from, "KILL", "criu"),
             // What it had restored must end with it, and not run before its time.
@@ -87,7 +90,8 @@ impl Mishap {
             }
             Self::CutForGood
             | Self::DiskFull
-            | Self::MemoryFull
+            | Self::MemoryFullThere
+            | Self::MemoryFullHere
             | Self::OutOfMemory
             | Self::KillCriuHere
             | Self::KillCriuThere => None,
@@ -103,7 +107,8 @@ impl Mishap {
             Self::CutBriefly | Self::CutForGood => lab.cable(to, true)?,
             Self::LoseAnswers | Self::CorruptBytes => to.sh("nft delete table inet mishap").map(drop)?,
             Self::DiskFull => free_journal(to)?,
-            Self::MemoryFull => to.sh("mount -o remount,size=90% /run/longhaul/dest").map(drop)?,
+            Self::MemoryFullThere => to.sh("mount -o remount,size=90% /run/longhaul/dest").map(drop)?,
+            Self::MemoryFullHere => from.sh("mount -o remount,size=90% /run/longhaul/source").map(drop)?,
             Self::OutOfMemory => feed(to)?,
             Self::PowerCycle => {
                 for agent in [Agent::Source, Agent::Dest] {
@@ -162,10 +167,13 @@ pub(crate) fn free_journal(host: &Host) -> Result<()> {
     .map(drop)
 }
 
-/// A size of what is used now.
-fn limit_memory_dir(host: &Host) -> Result<()> {
-    host.sh("mount -o remount,size=$(df --output=used -B1 /run/longhaul/dest | tail -1 | awk '{print $1 + 4096}') /run/longhaul/dest")
-        .map(drop)
+/// A size of what is used now, if that is anything: a size of 0 is none.
+fn limit_memory_dir(host: &Host, whose: &str) -> Result<()> {
+    host.sh(&format!(
+        "dir=/run/longhaul/{whose}; used=$(df --output=used -B1 $dir | tail -1 | tr -d ' '); \
+         mount -o remount,size=$((used > 4096 ? used : 4096)) $dir"
+    ))
+    .map(drop)
 }
 
 /// The cgroup of an agent that has too little, and its limit.

@@ -19,6 +19,8 @@ impl Injection {
         match (owner, self.mishap) {
             (Owner::Destination, mishap) => (!matches!(mishap, Mishap::KillCriuThere)).then_some(true),
             (Owner::Undecided, Mishap::KillSource) => Some(true),
+            // There is no room for what CRIU is told.
+            (_, Mishap::MemoryFullHere) => Some(false),
             (Owner::Undecided | Owner::Source, Mishap::KillDest) => Some(false),
             (_, Mishap::KillBoth) | (Owner::Alone | Owner::Source, Mishap::KillSource) => Some(false),
             _ => None,
@@ -85,7 +87,7 @@ const ANYWHERE: [Mishap; 6] =
     [Mishap::KillSource, Mishap::KillDest, Mishap::KillBoth, Mishap::StopSource, Mishap::StopDest, Mishap::CutBriefly];
 
 /// What makes a difference at some of them.
-const SOMEWHERE: [(Mishap, &[&str]); 9] = [
+const SOMEWHERE: [(Mishap, &[&str]); 10] = [
     (
         Mishap::CutForGood,
         &[
@@ -132,7 +134,8 @@ const SOMEWHERE: [(Mishap, &[&str]); 9] = [
             "destination:record:committed",
         ],
     ),
-    (Mishap::MemoryFull, &["source:phase:pre-copy", "source:phase:arm", "source:phase:final-state"]),
+    (Mishap::MemoryFullThere, &["source:phase:pre-copy", "source:phase:arm", "source:phase:final-state"]),
+    (Mishap::MemoryFullHere, &["source:phase:arm", "source:phase:final-state", "source:look"]),
     (
         Mishap::OutOfMemory,
         &["source:phase:pre-copy", "source:phase:final-state", "destination:heard:restore", "destination:heard:commit"],

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::{Stage, counter, migrate, must_have_counted_on, redis, runs, settle};
+use crate::agents::{self, Agent};
 use crate::client::Client;
 use crate::container::{ContainerSpec, pss};
 use crate::harness::{Scenario, tidy};
@@ -23,6 +24,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         Scenario { name: "an eager move has all memory in place before the container runs", run: eager },
         Scenario { name: "memory that was shared by fork stays shared", run: prefork },
         Scenario { name: "without its library all memory goes in the images and the report says so", run: no_library },
+        Scenario { name: "an operator has all memory go while the container is stopped", run: no_tracker },
         Scenario { name: "a container that writes too fast stays untouched", run: too_fast },
     ]
 }
@@ -248,8 +250,8 @@ fn agent_killed(lab: &Lab) -> Result<()> {
     moved("web", stage.a, stage.b, &[])?;
     stage.b.sh("pkill -KILL -x longhaul-dest")?;
     let after = digest(stage.c)?;
-    crate::agents::start(stage.b, crate::agents::Agent::Dest)?;
-    crate::agents::wait_ready(stage.b)?;
+    agents::start(stage.b, Agent::Dest)?;
+    agents::wait_ready(stage.b)?;
     ensure!(before == after, "the content is another: {before} and {after}");
     ensure!(digest(stage.c)? == before, "the content changed when the agent came back");
     Ok(())
@@ -274,7 +276,7 @@ fn connection_broken(lab: &Lab) -> Result<()> {
     ensure!(report["outcome"] == "moved", "{}", report["error"]);
     let after = digest(stage.c)?;
     ensure!(before == after, "the content is another: {before} and {after}");
-    let log = std::fs::read_to_string(stage.a.path(&crate::agents::Agent::Source.log())).unwrap_or_default();
+    let log = std::fs::read_to_string(stage.a.path(&Agent::Source.log())).unwrap_or_default();
     ensure!(log.contains("the page connection broke; connecting again"), "it was never broken");
     Ok(())
 }
@@ -299,15 +301,31 @@ fn no_library(lab: &Lab) -> Result<()> {
     let report = moved("web", stage.a, stage.b, &[]);
     let strict = migrate(stage.b, &["web", "--to", &stage.a.name, "-q"]);
     stage.a.sh(&format!("mv {library}.away {library}"))?;
-    let report = report?;
-    ensure!(report["memory"]["path"] == "images", "{}", report["memory"]);
-    ensure!(
-        report["memory"]["fallback"].as_str().is_some_and(|why| why.contains("is not installed")),
-        "{}",
-        report["memory"]
-    );
+    must_be_in_images(&report?, "is not installed")?;
     ensure!(strict?.code == 0, "the way back does not need it there");
     goes_on(client, stage.a)
+}
+
+fn must_be_in_images(report: &Value, why: &str) -> Result<()> {
+    let memory = &report["memory"];
+    let is_said = memory["fallback"].as_str().is_some_and(|reason| reason.contains(why));
+    ensure!(memory["path"] == "images" && is_said, "{memory}");
+    Ok(())
+}
+
+fn no_tracker(lab: &Lab) -> Result<()> {
+    let stage = Stage::of(lab)?;
+    redis(stage.a, stage.c)?;
+    let client = counter(stage.c)?;
+    stage.a.sh("sed -i '1i tracker = \"none\"' /etc/longhaul/source.toml")?;
+    agents::stop(stage.a, Agent::Source)?;
+    agents::start(stage.a, Agent::Source)?;
+    agents::wait_ready(stage.a)?;
+    must_be_in_images(&moved("web", stage.a, stage.b, &[])?, "tracker = \"none\"")?;
+    agents::configure(lab, stage.a)?;
+    agents::stop(stage.a, Agent::Source)?;
+    agents::start(stage.a, Agent::Source)?;
+    goes_on(client, stage.b)
 }
 
 fn goes_on(mut client: Client, host: &Host) -> Result<()> {
