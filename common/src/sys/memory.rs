@@ -569,6 +569,16 @@ impl Drop for Mapping {
     }
 }
 
+/// Gives the kernel back what this process has freed. The C library keeps most of it, in an arena for each thread that has ever
+/// asked: after a large container an agent kept 1.5 GB.
+pub fn trim() {
+    // SAFETY: takes no pointer, and is safe beside other threads (malloc_trim(3)).
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// A page of this process between two that can't be touched: no area that another thread maps or makes larger joins it.
 #[derive(Debug)]
 pub struct LonePage {

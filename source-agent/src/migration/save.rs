@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use longhaul_common::cgroup::CgroupError;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::commit::{Restored, note_timings};
 use super::prepare::Prepared;
@@ -115,14 +115,20 @@ impl Frozen {
             trip.step("images", start.elapsed());
             Ok::<Sent, MigrationError>(sent?)
         };
+        // CRIU waits for the look at the memory, and not for the files.
+        let (looked, has_looked) = oneshot::channel::<()>();
         let files = async {
+            // Either way: it fails where there is nothing to wait for.
+            let _ = has_looked.await;
             let round = trees.push(peer, &trip.migration, Pass::Last).await;
             trip.step("rootfs-delta", start.elapsed());
             Ok::<Round, MigrationError>(round?)
         };
         let pages = async {
+            let looked = looked;
             let Some((memory, awaited)) = memory.as_mut().zip(awaited.as_ref()) else { return Ok((None, None)) };
             let last = memory.look_frozen(&trip.dir, awaited.answer()).await?;
+            drop(looked);
             trip.step("memory-scan", start.elapsed());
             let round = memory.send_last(&last).await?;
             trip.step("memory-pages", start.elapsed());

@@ -34,7 +34,7 @@ impl<'a> Subject<'a> {
         Ok(Self { name, hosts: [a, b] })
     }
 
-    /// Moves it to the other host and back again, so that it is where it was for the next sample; the first report.
+    /// Moves it to the other host, from where the next sample moves it back; the report.
     pub(super) fn moved(&mut self, options: &[&str]) -> Result<Value> {
         let report = migrate(self.name, self.hosts[0], self.hosts[1], options)?;
         self.hosts.swap(0, 1);
@@ -58,6 +58,11 @@ impl Drop for Subject<'_> {
 pub(super) fn migrate(name: &str, from: &Host, to: &Host, options: &[&str]) -> Result<Value> {
     let report = try_migrate(name, from, to, options)?;
     ensure!(report["outcome"] == "moved", "the move failed: {}", report["error"]);
+    // Where the time goes is what one wants to know next.
+    eprintln!(
+        "  {name}: downtime {} ms, {}, of {} ms, {}",
+        report["downtime_ms"], report["downtime_steps"], report["total_ms"], report["phases"]
+    );
     Ok(report)
 }
 
