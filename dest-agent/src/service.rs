@@ -329,7 +329,7 @@ impl Session {
             self.fail(&reason).await;
         }
         self.arrivals.lock().unwrap_or_else(PoisonError::into_inner).remove(&arrival.migration);
-        tokio::task::spawn_blocking(longhaul_common::sys::memory::trim);
+        longhaul_common::sys::memory::trim_soon();
     }
 
     /// Answers an offer. Nothing if it was refused, or only asked for.

@@ -210,7 +210,7 @@ pub async fn run(env: Arc<Env>, job: Arc<Job>, address: PeerAddress, options: Op
     async move {
         let result = trip.journey().await;
         trip.conclude(result).await;
-        tokio::task::spawn_blocking(longhaul_common::sys::memory::trim);
+        longhaul_common::sys::memory::trim_soon();
     }
     .instrument(span)
     .await;

@@ -148,7 +148,11 @@ fn read_in(store: &Path) -> Result<(Vec<Piece>, Vec<Range<usize>>), String> {
                     let content = unsafe { std::slice::from_raw_parts_mut(place, length) };
                     let offset = (number(slot)? * PAGE) as u64;
                     slots.read_exact_at(content, offset).map_err(|error| failed(line, error))?;
-                    runs.push(address..address + length);
+                    match runs.last_mut() {
+                        // In one piece: that is how they are written.
+                        Some(run) if run.end == address && address > piece.range.start => run.end += length,
+                        _ => runs.push(address..address + length),
+                    }
                 }
                 _ => return Err(format!("{line}: not understood")),
             }

@@ -1,11 +1,12 @@
-//! Preloaded into CRIU's process by the hold. It stands in for thirteen functions of the C library and passes everything else on.
+//! Preloaded into CRIU's process by the hold. It stands in for fourteen functions of the C library and passes everything else on.
 //!
 //! **Pages that CRIU need not save** ([`pages`]): CRIU finds a task's pages with `ioctl(PAGEMAP_SCAN)` (`pmc_fill` in
 //! criu/pagemap-cache.c, 4.2), or where there is no such thing with pread(2). The agent has sent most of them before; the answer leaves those out, by a table that the
 //! agent wrote once the container was frozen.
 //!
 //! **Flags of areas** ([`smaps`]): CRIU opens `/proc/<pid>/smaps` with `openat` (`open_proc` in criu/util.c, 4.2), whose content takes the kernel 15 ms
-//! for each GiB. The agent has what CRIU wants to know of it.
+//! for each GiB. The agent has what CRIU wants to know of it, and also most of what CRIU looks for in the areas' files, with `fstatat` and
+//! `openat`.
 //!
 //! **Memory that tasks share** ([`shared`]) has been sent before as well, and is handed to CRIU as it is when it restores.
 //!
@@ -38,7 +39,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::OnceLock;
 
-use libc::{c_long, mode_t, off64_t, pid_t, rlimit64};
+use libc::{c_long, mode_t, off64_t, pid_t, rlimit64, stat64};
 
 /// Names in `/proc/<pid>/limits`, by the resource's number (fs/proc/base.c, asm-generic/resource.h).
 const NAMES: [&str; 16] = [
@@ -229,6 +230,16 @@ real!(real_openat, Openat, c"openat64");
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn openat64(dir: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
     let Some(real) = real_openat() else { return not_there() };
+    // SAFETY: a C string, by the caller's promise.
+    if flags == libc::O_RDONLY && smaps::known(unsafe { CStr::from_ptr(path) }) == Some(smaps::Known::PrivateFile) {
+        // SAFETY: the caller's promise is passed on.
+        let handle = unsafe { real(dir, path, libc::O_PATH, 0) };
+        if smaps::is_file_on_overlay(handle) {
+            return handle;
+        }
+        // SAFETY: nobody else knows it.
+        unsafe { libc::close(handle) };
+    }
     // SAFETY: the caller's promise is passed on.
     let fd = unsafe { real(dir, path, flags, mode) };
     if fd < 0 {
@@ -254,6 +265,7 @@ pub unsafe extern "C" fn openat64(dir: c_int, path: *const c_char, flags: c_int,
         return given_up();
     }
     pages::waited();
+    smaps::forget();
     let Some(other) = smaps::instead_of(fd) else { return fd };
     // SAFETY: both are open, and nobody else knows them yet.
     unsafe {
@@ -291,6 +303,44 @@ pub unsafe extern "C" fn __openat64_2(dir: c_int, path: *const c_char, flags: c_
 pub unsafe extern "C" fn __openat_2(dir: c_int, path: *const c_char, flags: c_int) -> c_int {
     // SAFETY: the caller's promise is passed on.
     unsafe { openat64(dir, path, flags, 0) }
+}
+
+/// `fstatat(3)`. On 64 bits `fstatat64` is `fstatat` as well.
+type Fstatat = unsafe extern "C" fn(c_int, *const c_char, *mut stat64, c_int) -> c_int;
+
+real!(real_fstatat, Fstatat, c"fstatat64");
+
+/// Stands in for the C library's function in CRIU's process.
+///
+/// # Safety
+/// As for fstatat(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fstatat64(dir: c_int, path: *const c_char, found: *mut stat64, flags: c_int) -> c_int {
+    let Some(real) = real_fstatat() else { return not_there() };
+    if flags == libc::AT_SYMLINK_NOFOLLOW && !found.is_null() && !path.is_null() {
+        // SAFETY: a C string, by the caller's promise.
+        match smaps::known(unsafe { CStr::from_ptr(path) }) {
+            Some(smaps::Known::Anonymous) => return failed(libc::ENOENT),
+            Some(smaps::Known::PrivateFile) => {
+                // SAFETY: a place for it, by the caller's promise.
+                unsafe { found.write(smaps::entry_for_reading()) };
+                return 0;
+            }
+            None => {}
+        }
+    }
+    // SAFETY: the caller's promise is passed on.
+    unsafe { real(dir, path, found, flags) }
+}
+
+/// As [`fstatat64`].
+///
+/// # Safety
+/// As for fstatat(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fstatat(dir: c_int, path: *const c_char, found: *mut stat64, flags: c_int) -> c_int {
+    // SAFETY: the caller's promise is passed on.
+    unsafe { fstatat64(dir, path, found, flags) }
 }
 
 /// `lseek(2)`.

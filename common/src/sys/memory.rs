@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 /// A page, in bytes. The kernels this is built for have no other size.
 pub const PAGE: u64 = 4096;
@@ -569,9 +570,19 @@ impl Drop for Mapping {
     }
 }
 
-/// Gives the kernel back what this process has freed. The C library keeps most of it, in an arena for each thread that has ever
+/// How long after a migration memory is given back: the container that has just begun to run again needs the processors more.
+const TRIM_AFTER: Duration = Duration::from_secs(5);
+
+/// Gives the kernel back before long what this process has freed. The C library keeps most of it, in an arena for each thread that has ever
 /// asked: after a large container an agent kept 1.5 GB.
-pub fn trim() {
+pub fn trim_soon() {
+    tokio::spawn(async {
+        tokio::time::sleep(TRIM_AFTER).await;
+        tokio::task::spawn_blocking(trim).await
+    });
+}
+
+fn trim() {
     // SAFETY: takes no pointer, and is safe beside other threads (malloc_trim(3)).
     #[cfg(target_env = "gnu")]
     unsafe {
