@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use longhaul_common::cgroup::{CgroupError, Freezer};
 use longhaul_common::config::SourceConfig;
-use longhaul_common::description::{Description, Network, Rootfs, StdioTarget, VERSION, VolumeMode};
+use longhaul_common::description::{Description, Network, Rootfs, Stdio, StdioTarget, VERSION, Volume, VolumeMode};
 use longhaul_common::layers::LayerDigests;
 use longhaul_common::net::{self, NetError, Netns, Port};
 use longhaul_common::obstacle::Obstacle;
@@ -125,20 +125,16 @@ pub async fn inspect(
         .map_err(|source| InspectError::File { path: config_path.clone(), source })?;
     let oci: Value =
         serde_json::from_str(&text).map_err(|source| InspectError::Config { path: config_path, source })?;
-    // It may have to read gigabytes of layers: other migrations' heartbeats must go on.
-    let rootfs = tokio::task::block_in_place(|| rootfs::find(&oci, &bundle, digests))?;
-    let volumes = mounts::examine(&oci, state.pid, options, &mut obstacles)?;
-    let freezer = match config.engine.runtime().cgroup(id).and_then(Freezer::at) {
-        Some(freezer) => freezer,
-        None => Freezer::of(state.pid)?,
-    };
-    let tasks = freezer.tasks()?;
-    let stdio = stdio::examine(id, state.pid, &oci, options, &mut obstacles)?;
-    tasks::examine(state.pid, &tasks, &stdio, &mut obstacles)?;
-    let tmpfs =
-        if tasks.iter().all(|pid| is_in_mntns_of(*pid, state.pid)) { tmpfs::find(state.pid)? } else { Vec::new() };
-    let (network, ports, netns_key) = network(&oci, state.pid, &freezer, &mut obstacles)?;
-    sockets::examine(state.pid, &tasks, matches!(network, Network::Host), &mut obstacles)?;
+    // It may have to read gigabytes of layers: other migrations' heartbeats must go on. Even where the layers are known it takes as long as all
+    // the rest, which is looked at meanwhile.
+    let (rootfs, rest) = tokio::task::block_in_place(|| {
+        std::thread::scope(|scope| {
+            let rootfs = scope.spawn(|| rootfs::find(&oci, &bundle, digests));
+            let rest = inspect_rest(config, id, &oci, state.pid, options, &mut obstacles);
+            (rootfs.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), rest)
+        })
+    });
+    let (rootfs, Rest { volumes, stdio, tasks, tmpfs, network, ports, netns_key, freezer }) = (rootfs?, rest?);
     let mut description = Description {
         version: VERSION,
         id: id.to_owned(),
@@ -157,6 +153,40 @@ pub async fn inspect(
     };
     description.disk_bytes = disk_bytes(&description);
     Ok(Inspection { description, obstacles, live: Live { init: state.pid, freezer, ports, netns_key } })
+}
+
+/// What a container has beside its root filesystem.
+struct Rest {
+    volumes: Vec<Volume>,
+    stdio: Vec<Stdio>,
+    tasks: Vec<i32>,
+    tmpfs: Vec<tmpfs::Found>,
+    network: Network,
+    ports: Vec<Port>,
+    netns_key: Option<String>,
+    freezer: Freezer,
+}
+
+fn inspect_rest(
+    config: &SourceConfig,
+    id: &str,
+    oci: &Value,
+    init: i32,
+    options: &Options,
+    obstacles: &mut Vec<Obstacle>,
+) -> Result<Rest, InspectError> {
+    let volumes = mounts::examine(oci, init, options, obstacles)?;
+    let freezer = match config.engine.runtime().cgroup(id).and_then(Freezer::at) {
+        Some(freezer) => freezer,
+        None => Freezer::of(init)?,
+    };
+    let tasks = freezer.tasks()?;
+    let stdio = stdio::examine(id, init, oci, options, obstacles)?;
+    tasks::examine(init, &tasks, &stdio, obstacles)?;
+    let tmpfs = if tasks.iter().all(|pid| is_in_mntns_of(*pid, init)) { tmpfs::find(init)? } else { Vec::new() };
+    let (network, ports, netns_key) = network(oci, init, &freezer, obstacles)?;
+    sockets::examine(init, &tasks, matches!(network, Network::Host), obstacles)?;
+    Ok(Rest { volumes, stdio, tasks, tmpfs, network, ports, netns_key, freezer })
 }
 
 /// The network: a namespace of its own, or the host's.

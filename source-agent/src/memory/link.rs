@@ -16,8 +16,9 @@ use tokio_rustls::client::TlsStream;
 
 use super::pump::Frame;
 
-/// Frames between the thread that reads memory and the connection: enough to hide each other's pauses.
-const QUEUE: usize = 4;
+/// Frames between the thread that reads memory and the connection: enough to hide each other's pauses. What waits there gets old, and what comes
+/// after it later.
+const QUEUE: usize = 2;
 /// Content that was sent and not acknowledged, in bytes: it has to be kept until it is. Enough for 10 Gbit/s at 25 ms.
 const WINDOW_BYTES: usize = 32 << 20;
 /// How long a broken connection may take to come back.

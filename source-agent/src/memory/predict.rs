@@ -102,7 +102,9 @@ pub fn decide(prediction: Duration, residuals: &[u64], rounds: usize, limits: Li
 /// How a round that is under way gets on against the container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Race {
-    /// Bytes of memory that were sent since the round began.
+    /// Since the round began.
+    pub at: Duration,
+    /// Bytes of memory that were sent since.
     pub sent: u64,
     /// Bytes that were written since, each page once.
     pub written: u64,
@@ -110,15 +112,14 @@ pub struct Race {
 
 /// Whether a round can't be won: in both of the last two intervals more was written anew than sent, and what was written by now could not be
 /// sent within the downtime wanted. Only then is it certain that the next round would be no shorter; a container that writes the
-/// same few pages over and over writes nothing anew. `interval` is the time between two looks, the first at the round's
-/// beginning.
-pub fn is_lost(looks: &[Race], interval: Duration, max_downtime: Duration) -> bool {
+/// same few pages over and over writes nothing anew.
+pub fn is_lost(looks: &[Race], max_downtime: Duration) -> bool {
     let [.., first, second, third] = looks else { return false };
     let lost = |one: &Race, next: &Race| {
         let sent = next.sent.saturating_sub(one.sent);
         sent > 0 && next.written.saturating_sub(one.written) >= sent
     };
-    let pace = (third.sent.saturating_sub(first.sent)) as f64 / (2.0 * interval.as_secs_f64());
+    let pace = (third.sent.saturating_sub(first.sent)) as f64 / third.at.saturating_sub(first.at).as_secs_f64();
     lost(first, second) && lost(second, third) && third.written as f64 > pace * max_downtime.as_secs_f64()
 }
 
@@ -184,18 +185,23 @@ mod tests {
 
     #[test]
     fn a_lost_race_is_seen() {
-        let look = |sent, written| Race { sent: sent * MIB, written: written * MIB };
-        let lost = |looks: &[Race]| is_lost(looks, Duration::from_millis(200), Duration::from_millis(300));
-        assert!(lost(&[look(0, 0), look(20, 40), look(40, 80)]));
+        let look = |(sent, written)| (sent * MIB, written * MIB);
+        let looks = |looks: &[(u64, u64)]| -> Vec<Race> {
+            let times = (0..).map(|nth| Duration::from_millis(200) * nth);
+            let looks = looks.iter().copied().map(look).zip(times);
+            looks.map(|((sent, written), at)| Race { at, sent, written }).collect()
+        };
+        let lost = |all: &[(u64, u64)]| is_lost(&looks(all), Duration::from_millis(300));
+        assert!(lost(&[(0, 0), (20, 40), (40, 80)]));
         // One look may be unlucky; a slow writer is caught up with; the same pages again are nothing new.
-        assert!(!lost(&[look(0, 0), look(20, 40)]));
-        assert!(!lost(&[look(0, 0), look(20, 10), look(40, 20)]));
-        assert!(!lost(&[look(0, 0), look(20, 40), look(40, 41)]));
+        assert!(!lost(&[(0, 0), (20, 40)]));
+        assert!(!lost(&[(0, 0), (20, 10), (40, 20)]));
+        assert!(!lost(&[(0, 0), (20, 40), (40, 41)]));
         // So little that it fits into the downtime.
-        let looks = [look(0, 0), look(20, 20), look(40, 40)];
-        assert!(lost(&looks) && !is_lost(&looks, Duration::from_millis(200), Duration::from_secs(1)));
+        let little = [(0, 0), (20, 20), (40, 40)];
+        assert!(lost(&little) && !is_lost(&looks(&little), Duration::from_secs(1)));
         // A link on which nothing moves says nothing.
-        assert!(!lost(&[look(0, 0), look(0, 40), look(0, 80)]));
+        assert!(!lost(&[(0, 0), (0, 40), (0, 80)]));
     }
 
     #[test]
