@@ -12,9 +12,12 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// The version written; a reader takes this one alone, since a field it does not know may be one it must not ignore.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// The largest document taken, in bytes.
 pub const MAX_BYTES: usize = 4 << 20;
+
+/// The most files named as mapped.
+pub const MOST_MAPPED: usize = 4096;
 
 /// A container, described.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -44,6 +47,9 @@ pub struct Description {
     pub memory_bytes: u64,
     /// Bytes in the trees that will be copied.
     pub disk_bytes: u64,
+    /// Files of its root filesystem that its tasks have mapped as programs and libraries are, as it names them: no more than [`MOST_MAPPED`]. Where it
+    /// arrives they are read before it stands still.
+    pub mapped_files: Vec<String>,
     /// All its tasks are in one cgroup of each hierarchy, so CRIU need not rebuild a tree of them.
     pub single_cgroup: bool,
     /// All its tasks are in one network namespace, which the runtime made: CRIU works inside of it, and need not save it. To do
@@ -455,6 +461,12 @@ impl Description {
             check_path("volume", &volume.source)?;
             check_path("volume destination", &volume.destination)?;
         }
+        if self.mapped_files.len() > MOST_MAPPED {
+            return Err(field("mapped files", &self.mapped_files.len().to_string(), "so many can't be read in time"));
+        }
+        for file in &self.mapped_files {
+            check_path("mapped file", file)?;
+        }
         for tmpfs in &self.tmpfs {
             check_path("tmpfs", &tmpfs.destination)?;
             if tmpfs.source.len() > 255 || !tmpfs.source.chars().all(|c| c.is_ascii_graphic()) {
@@ -601,6 +613,7 @@ mod tests {
             stdio: Vec::new(),
             memory_bytes: 0,
             disk_bytes: 0,
+            mapped_files: Vec::new(),
             single_cgroup: true,
             single_netns: true,
         }

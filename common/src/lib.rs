@@ -28,6 +28,7 @@ pub mod tasks;
 pub mod telemetry;
 pub mod tls;
 pub mod tree;
+pub mod warm;
 pub mod wire;
 
 /// An error with all its causes, on one line.

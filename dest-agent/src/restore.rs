@@ -15,6 +15,7 @@ use longhaul_common::description::{Description, StdioTarget};
 use longhaul_common::leftovers::{cgroups_of_hold, end_restore, remove_cgroups, remove_roots};
 use longhaul_common::runtime::last_message;
 use longhaul_common::tasks::TaskId;
+use longhaul_common::warm;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use thiserror::Error;
@@ -158,12 +159,16 @@ impl Armed {
         environment.push(if from == MemoryFrom::Images { CRIU_RESTORES } else { CRIU_LEAVES_LATER }.to_owned());
         environment.extend(common.map(|store| format!("{CRIU_READS_COMMON}={}", store.display())));
         held.prepare(Prepare { environment, ..preparation(container, staging, from) }).await?;
+        warm::runtime(child.id());
+        let (trees, files) = (staging.trees(container), container.mapped_files.clone());
+        let warmed = tokio::task::spawn_blocking(move || warm::files(&trees, files.iter().map(String::as_str)));
         if let Some(store) = common.filter(|_| engine.filter.is_file()) {
             tokio::select! {
                 () = wait_read_in(store) => {}
                 _ = child.wait() => return Err(RestoreError::Runtime(runtime_message(&log))),
             }
         }
+        warmed.await.map_err(|_| RestoreError::Runtime("a thread of the agent ended".to_owned()))?;
         let cgroups = tokio::task::spawn_blocking(move || cgroups_of_hold(&hold)).await.unwrap_or_default();
         let (work, pages) = (staging.work(), staging.pages());
         let runtime_dir = engine.runtime().state_dir(&container.id);

@@ -268,6 +268,14 @@ impl Staging {
         }
     }
 
+    /// The directories that make up the root filesystem, topmost first.
+    pub fn trees(&self, container: &Description) -> Vec<PathBuf> {
+        match &container.rootfs {
+            Rootfs::Overlay { upper, .. } => [PathBuf::from(upper)].into_iter().chain(self.layers.clone()).collect(),
+            Rootfs::Plain { path } => vec![path.into()],
+        }
+    }
+
     fn root_bind(&self) -> PathBuf {
         self.made.run.join("root")
     }

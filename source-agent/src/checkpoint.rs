@@ -8,6 +8,7 @@ use longhaul_common::config::EngineConfig;
 use longhaul_common::criu::hold::{CRIU_ENV, Held, HoldError, HoldEvent, HoldListener, Prepare, SOCKET_ENV};
 use longhaul_common::criu::{failure_of, path_with_hold, rpc};
 use longhaul_common::runtime::last_message;
+use longhaul_common::warm;
 use thiserror::Error;
 use tokio::process::Child;
 
@@ -118,6 +119,7 @@ impl Armed {
         };
         let mut held = held?;
         held.prepare(preparation(externals, engine.criu_environment())).await?;
+        warm::runtime(child.id());
         Ok(Self { held, child, log, dir: dir.to_owned(), gone: false, _listener: listener })
     }
 

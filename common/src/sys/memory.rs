@@ -570,6 +570,31 @@ impl Drop for Mapping {
     }
 }
 
+/// Has a part of a file in memory, by pages, as if it had just been read (`MADV_POPULATE_READ`, madvise(2), Linux 5.14). Older kernels are told
+/// that it will be wanted.
+///
+/// # Errors
+/// Those of mmap(2) and madvise(2).
+pub fn populate(file: &File, part: std::ops::Range<u64>) -> io::Result<()> {
+    let (offset, length) = (part.start.cast_signed(), (part.end - part.start) as usize);
+    let (protection, fd) = (libc::PROT_READ, file.as_fd().as_raw_fd());
+    // SAFETY: a new mapping, that nobody reads: the kernel says so if the file has become shorter.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, libc::MAP_PRIVATE, fd, offset) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: what has just been mapped.
+    let mut advised = unsafe { libc::madvise(start, length, libc::MADV_POPULATE_READ) };
+    if advised < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL) {
+        // SAFETY: as above.
+        advised = unsafe { libc::madvise(start, length, libc::MADV_WILLNEED) };
+    }
+    let error = io::Error::last_os_error();
+    // SAFETY: as above; nobody else knows it.
+    unsafe { libc::munmap(start, length) };
+    if advised < 0 { Err(error) } else { Ok(()) }
+}
+
 /// How long after a migration memory is given back: the container that has just begun to run again needs the processors more.
 const TRIM_AFTER: Duration = Duration::from_secs(5);
 

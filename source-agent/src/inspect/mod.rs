@@ -148,6 +148,7 @@ pub async fn inspect(
         memory_bytes: tasks::memory_of(&tasks) + tmpfs.iter().map(|found| found.bytes).sum::<u64>(),
         tmpfs: tmpfs.into_iter().map(|found| found.tmpfs).collect(),
         disk_bytes: 0,
+        mapped_files: tasks::mapped_files(&tasks),
         single_cgroup: !freezer.is_nested()?,
         single_netns: netns_key.is_some() && tasks.iter().all(|pid| is_in_netns_of(*pid, state.pid)),
     };

@@ -1,10 +1,11 @@
 //! A container's tasks: what they hold that CRIU can't save.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
-use longhaul_common::description::{Stdio, StdioTarget};
+use longhaul_common::description::{MOST_MAPPED, Stdio, StdioTarget};
 use longhaul_common::obstacle::Obstacle;
+use longhaul_common::warm::mapped_privately;
 
 use super::stdio::OpenFile;
 use super::{InspectError, mount_lines, name_of, read_proc};
@@ -156,6 +157,20 @@ fn push_once(obstacles: &mut Vec<Obstacle>, obstacle: Obstacle) {
     if !obstacles.contains(&obstacle) {
         obstacles.push(obstacle);
     }
+}
+
+/// Files that tasks have mapped as programs and libraries are.
+pub(super) fn mapped_files(tasks: &[i32]) -> Vec<String> {
+    let mut found = BTreeSet::new();
+    for pid in tasks {
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+        for path in maps.lines().filter_map(mapped_privately) {
+            if !found.contains(path) {
+                found.insert(path.to_owned());
+            }
+        }
+    }
+    found.into_iter().take(MOST_MAPPED).collect()
 }
 
 /// The memory that tasks have in use, in bytes: of each what it has alone and its part of what it has in common with others, and

@@ -68,6 +68,7 @@ fn description(id: &str) -> Description {
         memory_bytes: 1,
         disk_bytes: 1,
         single_cgroup: true,
+        mapped_files: Vec::new(),
         single_netns: false,
     }
 }
