@@ -489,39 +489,127 @@ pub enum UffdEvent {
 /// Bytes of one message.
 const MESSAGE: usize = 32;
 
-/// Reads the next event; nothing if there is none now.
+/// Where events are read to: a file of memory, which has an event before the task that caused it goes on.
 ///
-/// # Errors
-/// Those of read(2).
-pub fn next_event(uffd: BorrowedFd<'_>) -> io::Result<Option<UffdEvent>> {
+/// Reading an event lets that task go on, before the reader has it (`userfaultfd_event_complete` in fs/userfaultfd.c), and often in its place on
+/// the processor: a reader that is killed just then can write nothing down. The kernel ends the call first, though, and so the message is in
+/// this file when the process is gone.
+#[derive(Debug)]
+pub struct EventSlot {
+    start: *mut u8,
+}
+
+/// An event that a reader has left behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LeftEvent {
+    /// What [`EventSlot::next`] was told of it.
+    pub space: u64,
+    /// The same.
+    pub sequence: u64,
+    /// What it was. Of a fork the descriptor is gone.
+    pub kind: LeftKind,
+}
+
+/// What a reader has left behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "as in UffdEvent")]
+pub enum LeftKind {
+    Fork,
+    Remap { from: u64, to: u64, len: u64 },
+    Remove { start: u64, end: u64 },
+    Unmap { start: u64, end: u64 },
+}
+
+// SAFETY: a mapping is memory like any other, and nobody else has this one.
+unsafe impl Send for EventSlot {}
+
+impl EventSlot {
     const FAULT: u8 = 0x12;
     const FORK: u8 = 0x13;
     const REMAP: u8 = 0x14;
     const REMOVE: u8 = 0x15;
     const UNMAP: u8 = 0x16;
-    let mut message = [0u8; MESSAGE];
-    match nix::unistd::read(uffd, &mut message) {
-        Ok(MESSAGE) => {}
-        Ok(_) | Err(nix::errno::Errno::EAGAIN) => return Ok(None),
-        Err(errno) => return Err(errno.into()),
+    /// Whose event it is and its number come before it.
+    const HEAD: usize = 16;
+
+    /// In a file, of which nobody else writes.
+    ///
+    /// # Errors
+    /// Those of ftruncate(2) and mmap(2).
+    pub fn open(file: &File) -> io::Result<Self> {
+        file.set_len(PAGE)?;
+        let (protection, fd) = (libc::PROT_READ | libc::PROT_WRITE, file.as_fd().as_raw_fd());
+        // SAFETY: a new mapping at a place of the kernel's choice.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), PAGE as usize, protection, libc::MAP_SHARED, fd, 0) };
+        if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(Self { start: start.cast() }) }
     }
-    let word = |index: usize| {
-        let mut bytes = [0; 8];
-        bytes.copy_from_slice(&message[8 + index * 8..16 + index * 8]);
-        u64::from_ne_bytes(bytes)
-    };
-    Ok(Some(match message[0] {
-        FAULT => UffdEvent::Fault(word(1)),
-        FORK => {
-            let fd = RawFd::from_ne_bytes([message[8], message[9], message[10], message[11]]);
-            // SAFETY: the kernel has just installed this descriptor for the reader of the event.
-            UffdEvent::Fork(unsafe { OwnedFd::from_raw_fd(fd) })
+
+    fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: mapped as long as `self` lives, and only used through it.
+        unsafe { std::slice::from_raw_parts_mut(self.start, Self::HEAD + MESSAGE) }
+    }
+
+    /// Reads the next event of an address space; nothing if there is none now. `sequence` is what the reader counts what it has written down by.
+    ///
+    /// # Errors
+    /// Those of read(2).
+    pub fn next(&mut self, uffd: BorrowedFd<'_>, space: u64, sequence: u64) -> io::Result<Option<UffdEvent>> {
+        let bytes = self.bytes();
+        bytes.fill(0);
+        bytes[..8].copy_from_slice(&space.to_ne_bytes());
+        bytes[8..Self::HEAD].copy_from_slice(&sequence.to_ne_bytes());
+        match nix::unistd::read(uffd, &mut bytes[Self::HEAD..]) {
+            Ok(MESSAGE) => {}
+            Ok(_) | Err(nix::errno::Errno::EAGAIN) => return Ok(None),
+            Err(errno) => return Err(errno.into()),
         }
-        REMAP => UffdEvent::Remap { from: word(0), to: word(1), len: word(2) },
-        REMOVE => UffdEvent::Remove { start: word(0), end: word(1) },
-        UNMAP => UffdEvent::Unmap { start: word(0), end: word(1) },
-        other => return Err(io::Error::other(format!("userfaultfd event {other:#x} is not known"))),
-    }))
+        let message = &self.bytes()[Self::HEAD..];
+        Ok(Some(match (message[0], Self::left_kind(message)) {
+            (Self::FAULT, _) => UffdEvent::Fault(word_of(message, 1)),
+            (_, Some(LeftKind::Fork)) => {
+                let fd = RawFd::from_ne_bytes([message[8], message[9], message[10], message[11]]);
+                // SAFETY: the kernel has just installed this descriptor for the reader of the event.
+                UffdEvent::Fork(unsafe { OwnedFd::from_raw_fd(fd) })
+            }
+            (_, Some(LeftKind::Remap { from, to, len })) => UffdEvent::Remap { from, to, len },
+            (_, Some(LeftKind::Remove { start, end })) => UffdEvent::Remove { start, end },
+            (_, Some(LeftKind::Unmap { start, end })) => UffdEvent::Unmap { start, end },
+            (other, None) => return Err(io::Error::other(format!("userfaultfd event {other:#x} is not known"))),
+        }))
+    }
+
+    /// What the last reader read last, whatever became of it. Faults are not kept: they are told again.
+    pub fn left(&mut self) -> Option<LeftEvent> {
+        let bytes = self.bytes();
+        let kind = Self::left_kind(&bytes[Self::HEAD..])?;
+        Some(LeftEvent { space: number_at(bytes, 0), sequence: number_at(bytes, 8), kind })
+    }
+
+    fn left_kind(message: &[u8]) -> Option<LeftKind> {
+        let word = |index| word_of(message, index);
+        match message[0] {
+            Self::FORK => Some(LeftKind::Fork),
+            Self::REMAP => Some(LeftKind::Remap { from: word(0), to: word(1), len: word(2) }),
+            Self::REMOVE => Some(LeftKind::Remove { start: word(0), end: word(1) }),
+            Self::UNMAP => Some(LeftKind::Unmap { start: word(0), end: word(1) }),
+            _ => None,
+        }
+    }
+}
+
+fn word_of(message: &[u8], index: usize) -> u64 {
+    number_at(message, 8 + index * 8)
+}
+
+fn number_at(bytes: &[u8], offset: usize) -> u64 {
+    bytes.get(offset..).and_then(|rest| rest.first_chunk()).map_or(0, |bytes| u64::from_ne_bytes(*bytes))
+}
+
+impl Drop for EventSlot {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `open` with this length.
+        unsafe { libc::munmap(self.start.cast(), PAGE as usize) };
+    }
 }
 
 /// A file of memory, mapped.
@@ -660,5 +748,40 @@ impl Drop for LonePage {
     fn drop(&mut self) {
         // SAFETY: mapped by `new` with this length.
         unsafe { libc::munmap(self.start, 3 * PAGE as usize) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_there_when_its_reader_is_gone() {
+        let file = tempfile::tempfile().expect("a file");
+        let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).expect("a pipe");
+        let send = |kind: u8, words: [u64; 3]| {
+            let mut message = vec![kind, 0, 0, 0, 0, 0, 0, 0];
+            message.extend(words.iter().flat_map(|word| word.to_ne_bytes()));
+            nix::unistd::write(&write, &message).expect("writes");
+        };
+        let mut slot = EventSlot::open(&file).expect("maps");
+        assert_eq!(slot.left(), None);
+        send(EventSlot::REMOVE, [0x1000, 0x3000, 0]);
+        let event = slot.next(read.as_fd(), 7, 3).expect("reads");
+        assert!(matches!(event, Some(UffdEvent::Remove { start: 0x1000, end: 0x3000 })), "{event:?}");
+        drop(slot);
+        let mut slot = EventSlot::open(&file).expect("maps again");
+        let kind = LeftKind::Remove { start: 0x1000, end: 0x3000 };
+        assert_eq!(slot.left(), Some(LeftEvent { space: 7, sequence: 3, kind }));
+        send(EventSlot::REMAP, [1, 2, 3]);
+        slot.next(read.as_fd(), 8, 4).expect("reads");
+        let kind = LeftKind::Remap { from: 1, to: 2, len: 3 };
+        assert_eq!(slot.left(), Some(LeftEvent { space: 8, sequence: 4, kind }));
+        // Nothing is left of a fault, nor where there was nothing to read.
+        send(EventSlot::FAULT, [0, 0x5000, 0]);
+        assert!(matches!(slot.next(read.as_fd(), 8, 5), Ok(Some(UffdEvent::Fault(0x5000)))));
+        assert_eq!(slot.left(), None);
+        assert!(matches!(slot.next(read.as_fd(), 8, 5), Ok(None)));
+        assert_eq!(slot.left(), None);
     }
 }

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use longhaul_common::pages::What;
 use longhaul_common::sys::memory::{
-    Mapping, PAGE, Placed, UffdEvent, copy_pages, has_ended, next_event, wake, wake_all, zero_pages,
+    EventSlot, LeftKind, Mapping, PAGE, Placed, UffdEvent, copy_pages, has_ended, wake, wake_all, zero_pages,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -43,12 +43,22 @@ const OUT_OF_MEMORY_PAUSE: Duration = Duration::from_millis(10);
 const LOOK_FOR_ENDS: Duration = Duration::from_millis(500);
 /// The log of events.
 const LOG: &str = "events";
+/// The event that was read last.
+const LAST_EVENT: &str = "last-event";
 /// The file that says that a filler has come to its end.
 const COMPLETED: &str = "completed";
 
 /// Whether the filler of the store in `dir` has come to its end: the container has all its memory, or has ended.
 pub fn was_completed(dir: &Path) -> bool {
     dir.join(COMPLETED).exists()
+}
+
+fn moved_pages(from: u64, to: u64, len: u64) -> Event {
+    Event::Move { from: from / PAGE, to: to / PAGE, count: len / PAGE }
+}
+
+fn dropped_pages(start: u64, end: u64) -> Event {
+    Event::Drop { start: start / PAGE, end: end.div_ceil(PAGE) }
 }
 
 /// See the module.
@@ -58,6 +68,9 @@ pub struct Filler {
     slots: Mapping,
     slots_file: File,
     log: File,
+    /// How many entries it has.
+    logged: u64,
+    last_event: EventSlot,
     plan: Plan,
     spaces: BTreeMap<SpaceId, OwnedFd>,
     faults: VecDeque<(SpaceId, u64)>,
@@ -105,11 +118,34 @@ impl Filler {
             moved |= !matches!(event, Event::Drop { .. });
             plan.apply(space, event);
         }
+        let mut log = log;
+        let mut logged = (logged.len() / EVENT) as u64;
+        let slot = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(dir.join(LAST_EVENT))?;
+        let mut last_event = EventSlot::open(&slot)?;
+        // An earlier worker was killed when it had read it and not yet logged it.
+        if let Some(left) = last_event.left().filter(|left| left.sequence == logged) {
+            let event = match left.kind {
+                // The keeper has its descriptor, unless the worker was killed before it could hand that over.
+                LeftKind::Fork => {
+                    next_forked += 1;
+                    Event::Fork { child: next_forked - 1 }
+                }
+                LeftKind::Remap { from, to, len } => moved_pages(from, to, len),
+                LeftKind::Remove { start, end } | LeftKind::Unmap { start, end } => dropped_pages(start, end),
+            };
+            tracing::warn!(space = left.space, ?event, "an earlier worker ended when it had just read an event");
+            moved |= !matches!(event, Event::Drop { .. });
+            plan.apply(left.space, event);
+            log.write_all(&encode(left.space, event))?;
+            logged += 1;
+        }
         Ok(Self {
             channel: Some(channel),
             slots,
             slots_file,
             log,
+            logged,
+            last_event,
             plan,
             spaces: BTreeMap::new(),
             faults: VecDeque::new(),
@@ -253,7 +289,7 @@ impl Filler {
     fn events(&mut self, space: SpaceId) -> io::Result<()> {
         loop {
             let Some(fd) = self.spaces.get(&space) else { return Ok(()) };
-            let event = match next_event(fd.as_fd()) {
+            let event = match self.last_event.next(fd.as_fd(), space, self.logged) {
                 Ok(Some(event)) => event,
                 Ok(None) => return Ok(()),
                 Err(error) => {
@@ -278,19 +314,16 @@ impl Filler {
                     self.spaces.insert(child, fd);
                     Event::Fork { child }
                 }
-                UffdEvent::Remap { from, to, len } => {
-                    Event::Move { from: from / PAGE, to: to / PAGE, count: len / PAGE }
-                }
-                UffdEvent::Remove { start, end } | UffdEvent::Unmap { start, end } => {
-                    Event::Drop { start: start / PAGE, end: end.div_ceil(PAGE) }
-                }
+                UffdEvent::Remap { from, to, len } => moved_pages(from, to, len),
+                UffdEvent::Remove { start, end } | UffdEvent::Unmap { start, end } => dropped_pages(start, end),
             };
             self.moved |= !matches!(event, Event::Drop { .. });
             self.idle.remove(&space);
             self.plan.apply(space, event);
-            if let Err(error) = self.log.write_all(&encode(space, event)) {
+            match self.log.write_all(&encode(space, event)) {
+                Ok(()) => self.logged += 1,
                 // What is known now stays right; only a worker after this one would not know it.
-                tracing::error!(%error, "can't log what the container did to its memory");
+                Err(error) => tracing::error!(%error, "can't log what the container did to its memory"),
             }
         }
     }

@@ -108,7 +108,8 @@ fn look(hosts: [&Host; 2]) -> Result<Counts> {
         settle(host)?;
         // What ends a move goes on for a moment after its report: the directory of the way, the namespace that was left.
         host.sh("for i in $(seq 100); do [ -z \"$(ls /run/longhaul/dest /run/longhaul/source | grep -v : | grep .)\" ] && exit 0; sleep 0.1; done")?;
-        std::thread::sleep(std::time::Duration::from_secs(1));
+        // Agents give memory back 5 s after a migration.
+        std::thread::sleep(std::time::Duration::from_secs(7));
         for line in host.sh(COUNTED)?.lines() {
             let (name, count) = line.split_once(' ').with_context(|| format!("counted {line:?}"))?;
             counts.insert(format!("{} {name}", host.name), count.trim().parse().with_context(|| line.to_owned())?);
